@@ -34,6 +34,8 @@ RefusalKind = Literal[
     "computed",
     # A tool may have computed what one of its calls gives.
     "partly computed",
+    # A constant holds some of its values, so that it answers a call with them.
+    "picked",
     # An operator or a layout for which nothing is known.
     "operator",
     # A merge can do it, a branch can't.

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.own_code import code_notes, refuse_own_code
 from lora_export.base.checkpoint.sentence_modules import lost_modules
-from lora_export.base.history.history import MANIFEST, history_of
-from lora_export.base.history.in_graph import merged_in, not_in, refuse_merged_into
+from lora_export.base.history.in_graph import merged_in, refuse_merged_into
 from lora_export.base.history.merged import refuse_merged
+from lora_export.base.own_base import compared_with_own, own_bases
 from lora_export.base.pipeline import refuse_other_components
 from lora_export.base.placing.plan_rows import (
     OtherValues,
@@ -26,7 +26,7 @@ from lora_export.base.placing.plan_rows import (
     warned_of_convolutions,
     with_unverified,
 )
-from lora_export.base.reads import CheckpointChoice, files_read, holds_weights
+from lora_export.base.reads import CheckpointChoice, files_read
 from lora_export.base.write_options import WriteOptions
 from lora_export.errors import CheckpointError, GraphError, OutputError, SiteError
 from lora_export.graph.onnx_file import GraphFile, load_graph
@@ -55,6 +55,8 @@ class Base:
         files: Files that it was read from.
         checkpoint: The folder that an ONNX file's weights are compared with.
         notes: Notes on that folder: its origin, or the reason why there is none.
+        compared: The folder that has the graph's values, for a comparison with the adapters' own bases.
+        adapters: The adapters.
         plan_notes: Further notes for the plan on the adapters and this base.
         reads: All files that were read, with those of adapters and checkpoint; no output may be one of them.
     """
@@ -65,6 +67,8 @@ class Base:
     files: list[Path]
     checkpoint: Path | None = None
     notes: tuple[str, ...] = ()
+    compared: Checkpoint | None = None
+    adapters: tuple[Adapter, ...] = ()
     plan_notes: tuple[str, ...] = ()
     reads: tuple[Path, ...] = ()
 
@@ -100,7 +104,11 @@ class Base:
         Raises:
             SiteError: The folder that the user gave confirms no site at all.
         """
-        plan = warned_of_convolutions(replace(plan, notes=(*self.plan_notes, *plan.notes)))
+        notes, warnings = compared_with_own(self.compared, self.adapters) if self.compared else ([], [])
+        plan = replace(
+            plan, notes=(*self.plan_notes, *plan.notes, *notes), warnings=(*plan.warnings, *warnings)
+        )
+        plan = warned_of_convolutions(plan)
         if self.checkpoint is None:
             return warned_of_computed(replace(plan, notes=(*plan.notes, *self.notes)))
         try:
@@ -171,7 +179,7 @@ def open_base(
         opened = _opened(base, graph, adapters, options.checkpoint, share=options.share_base)
         reads = [*reads, *opened.files]
         refuse_inputs(paths.values(), reads)
-        opened = replace(opened, plan_notes=tuple(notes), reads=tuple(reads))
+        opened = replace(opened, adapters=tuple(adapters), plan_notes=tuple(notes), reads=tuple(reads))
         if opened.checkpoint is not None:
             refuse_merged(opened.checkpoint, list(adapters))
         try:
@@ -264,7 +272,13 @@ def _opened(
     if base.is_dir() and not checkpoint:
         opened = Checkpoint.open(base)
         shared = link_weights(graph, opened) if share else set()
-        return Base(graph=graph, weight_of=CheckpointWeights(opened), shared_files=shared, files=files)
+        return Base(
+            graph=graph,
+            weight_of=CheckpointWeights(opened),
+            shared_files=shared,
+            files=files,
+            compared=None if checkpoint is False else opened,
+        )
     if checkpoint:
         opened = Checkpoint.open(Path(checkpoint))
         if share and base.is_dir():
@@ -275,12 +289,23 @@ def _opened(
             shared_files=shared,
             files=files,
             checkpoint=Path(checkpoint),
+            compared=opened,
         )
     if checkpoint is False:
         return Base(graph=graph, weight_of=None, shared_files=shared, files=files)
-    found, folder, notes = _named_checkpoint(adapters, merged_in(graph.model.metadata_props))
+    named = own_bases(adapters, merged_in(graph.model.metadata_props))
+    own = next((own for own in named if own.weights is not None), None)
+    if own is None:
+        why = tuple(own.note for own in named)
+        return Base(graph=graph, weight_of=None, shared_files=shared, files=files, notes=why)
     return Base(
-        graph=graph, weight_of=found, shared_files=shared, files=files, checkpoint=folder, notes=tuple(notes)
+        graph=graph,
+        weight_of=own.weights,
+        shared_files=shared,
+        files=files,
+        checkpoint=own.folder,
+        notes=(own.note,),
+        compared=Checkpoint.open(own.folder) if len(named) > 1 else None,
     )
 
 
@@ -301,47 +326,6 @@ def _given_weights(checkpoint: Checkpoint) -> CheckpointWeights:
             "(checkpoint=False)",
             error.problems,
         ) from error
-
-
-def _named_checkpoint(
-    adapters: Collection[Adapter], merged: str
-) -> tuple[CheckpointWeights | None, Path | None, list[str]]:
-    """Return the weights of the local folder that adapters name as their base, the folder, and notes.
-
-    A quantised folder was trained on (QLoRA), but a graph has the unquantised model, whose values are near
-    the folder's, but not the same. The values of a graph that merges have changed differ, too.
-
-    Args:
-        adapters: Adapters that may name a folder.
-        merged: Entries of the adapters that merges have put into the graph.
-    """
-    from lora_export.base.checkpoint.checkpoint import Checkpoint
-    from lora_export.base.checkpoint.weights import CheckpointWeights
-
-    weights: dict[Path, Adapter] = {}
-    for adapter in adapters:
-        # That folder is what PEFT would load.
-        folder = Path(adapter.base_model or "")
-        if adapter.base_model and holds_weights(folder):
-            weights.setdefault(folder.resolve(), adapter)
-    if not weights:
-        return None, None, []
-    if len(weights) > 1:
-        listed = ", ".join(f"{adapter.name}: {folder}" for folder, adapter in weights.items())
-        several = f"values were not compared: the adapters name several folders as their base ({listed})"
-        return None, None, [several]
-    ((folder, adapter),) = weights.items()
-    where = f"{folder}, which {adapter.name!r} names as its base"
-    try:
-        if others := not_in(merged, history_of(folder / MANIFEST)):
-            changed = f"the graph has {', '.join(others)} merged into it, which that has not"
-            return None, None, [f"values were not compared with {where}: {changed}"]
-        found = CheckpointWeights(Checkpoint.open(folder))
-    except CheckpointError as error:
-        return None, None, [f"values were not compared with {where}: {error.message}"]
-    if kind := found.quantised_as:
-        return None, None, [f"values were not compared with {where}: it is quantised ({kind})"]
-    return found, folder, [f"values compared with {where}"]
 
 
 def output_paths(out: Path) -> dict[str, Path]:

@@ -40,8 +40,8 @@ def files_read(base: Path, adapters: Collection[Adapter], checkpoint: Checkpoint
     found = folder_files(base) if base.is_dir() else [base, base.with_suffix(_MANIFEST)]
     found += [place / name for place in (folder, folder.parent) for name in _ABOVE]
     folders = [Path(checkpoint)] if checkpoint else []
-    if checkpoint is None:
-        folders = [named for adapter in adapters if holds_weights(named := Path(adapter.base_model or ""))]
+    if checkpoint is not False:
+        folders += [named for adapter in adapters if holds_weights(named := Path(adapter.base_model or ""))]
     for place in folders:
         found += folder_files(place)
     for adapter in adapters:

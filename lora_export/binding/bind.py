@@ -19,6 +19,7 @@ from lora_export.binding.base_weights import WeightOf
 from lora_export.binding.cast import Caster, dtype_of, wide_of
 from lora_export.binding.dora import dora_factor, dora_problem
 from lora_export.binding.match import Matches, Pairing, match_modules, split_pack
+from lora_export.binding.own_values import compare_own_values
 from lora_export.binding.pack import Block, assemble, blocks_of_factors, blocks_of_slot, cut_b, joined_bias
 from lora_export.errors import AdapterError, SiteError
 from lora_export.formats.provenance import only_this_base, refuse_other_base
@@ -84,6 +85,7 @@ def bind_adapter(
     allow_unmatched: bool = False,
     any_base: bool = False,
     unused: Set[str] = frozenset(),
+    own_base: bool = False,
 ) -> Binding:
     """Make the tensors that turn a swap graph into the adapted model.
 
@@ -98,15 +100,18 @@ def bind_adapter(
         allow_unmatched: Leave out parameters that have no site, unless none has one.
         any_base: Accept a file converted for another base, unless its values were computed from that base.
         unused: `ExposedModule.name` of modules whose tensors no output of the graph depends on.
+        own_base: Compare the graph's W0 with the folder that the adapter names as its base, if it is here.
 
     Raises:
         SiteError: Parameters of the adapter have no site; all are listed.
         AdapterError: Values are NaN, infinite or too large for the graph's dtype; the adapter is for another
-            base, or is merged into the graph's weights already.
+            base, was trained on other values, or is merged into the graph's weights already.
     """
     refuse_bound(adapter, exposed.merged, where)
     warnings = refuse_other_base(adapter, exposed.base_sha256, where, any_base)
     found = match_modules(adapter, exposed, where, weight_of)
+    if own_base:
+        warnings += _compare(found, adapter, exposed, where=where, weight_of=weight_of, any_base=any_base)
     _refuse_unused(found, adapter, unused)
     _refuse_ranks(found, adapter, exposed)
     _refuse_dora(found, adapter, weight_of)
@@ -150,6 +155,7 @@ def slot_blocks(
     allow_unmatched: bool = False,
     any_base: bool = False,
     unused: Set[str] = frozenset(),
+    own_base: bool = False,
 ) -> SlotBinding:
     """Make the rectangles of a bank's tensors that an adapter fills in one slot.
 
@@ -162,6 +168,7 @@ def slot_blocks(
         allow_unmatched: Leave out parameters that have no site, unless none has one.
         any_base: See `bind_adapter`.
         unused: See `bind_adapter`.
+        own_base: See `bind_adapter`.
 
     Raises:
         SiteError: See `bind_adapter`; also where the slot's rank is too small.
@@ -170,6 +177,8 @@ def slot_blocks(
     refuse_bound(adapter, exposed.merged, where)
     warnings = refuse_other_base(adapter, exposed.base_sha256, where, any_base)
     found = match_modules(adapter, exposed, where, weight_of)
+    if own_base:
+        warnings += _compare(found, adapter, exposed, where=where, weight_of=weight_of, any_base=any_base)
     _refuse_unused(found, adapter, unused)
     loras = _slot_loras(found, adapter, slot)
     caster = Caster()
@@ -198,6 +207,28 @@ def slot_blocks(
 def clear_slot(exposed: ExposedGraph, slot: int) -> tuple[Block, ...]:
     """Return the blocks that make a slot of a bank an empty one."""
     return blocks_of_slot(exposed, slot, {}, Caster())
+
+
+def _compare(
+    found: Matches,
+    adapter: Adapter,
+    exposed: ExposedGraph,
+    *,
+    where: str,
+    weight_of: WeightOf | None,
+    any_base: bool,
+) -> tuple[str, ...]:
+    """Compare W0 with the adapter's own base, add notes on that, and return warnings."""
+    notes, warnings = compare_own_values(
+        adapter,
+        found.pairings,
+        merged=exposed.merged,
+        where=where,
+        weight_of=weight_of,
+        any_base=any_base,
+    )
+    found.notes += notes
+    return tuple(warnings)
 
 
 def _refuse(found: Matches, adapter: Adapter, reasons: Mapping[int, Refusal]) -> None:

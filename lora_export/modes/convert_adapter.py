@@ -100,8 +100,9 @@ def convert_adapter(
         format: Format, a key of `WRITERS`; by default that of the output's suffix.
         component: The part of the adapter that belongs to the graph, see `load_adapter`.
         allow_unmatched: Leave out parameters that have no site in the graph.
-        any_base: Accept a file that was converted for another base, unless its values were computed from that
-            base: DoRA's factors, changes that make whole parameters.
+        any_base: Accept an adapter whose own base, on this machine, has other values, and a file that was
+            converted for another base, unless its values were computed from that base: DoRA's factors,
+            changes that make whole parameters.
         force: Replace an existing output.
         dry_run: Check and plan, and write nothing.
 
@@ -120,7 +121,7 @@ def convert_adapter(
     form = _form_of(target, format, file, genai=genai)
     loaded = as_adapter(adapter, component)
     notes = refuse_other_components([loaded], [file.path.parent])
-    reads = [*graph_files(file), *files_read(file.path, [loaded])]
+    reads = [*graph_files(file), *files_read(file.path, [loaded], None)]
     refuse_inputs([target], reads)
     if not dry_run:
         refuse_existing([target], force)
@@ -132,6 +133,7 @@ def convert_adapter(
         allow_unmatched=allow_unmatched,
         any_base=any_base,
         unused=unused_modules(file.graph, exposed, genai=genai),
+        own_base=True,
     )
     _refuse_modules(binding, exposed, form)
     if not dry_run:

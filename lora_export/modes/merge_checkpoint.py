@@ -79,7 +79,7 @@ def merge_checkpoint(
     beside = lost_modules(loaded, merge.checkpoint.folder, refuse=not allow_unmatched)
     plan = replace(merge.placed.plan, notes=(*beside, *merge.placed.plan.notes))
     target, folder = Path(output), Path(base)
-    reads = files_read(folder, loaded)
+    reads = files_read(folder, loaded, None)
     refuse_inputs([target], reads)
     _refuse_output(target, folder, force)
     small, left_out = small_files(merge.checkpoint, merge.placed.changes)

@@ -163,7 +163,7 @@ class BankSlots(Generic[R]):
             slot: Name of the slot in the LoRA record; by default the slot of the adapter's name, or a free
                 one.
             allow_unmatched: Leave out modules that have no site.
-            any_base: Load a file converted for another base.
+            any_base: Load an adapter that was trained on, or converted for, another base.
             replace: Take the place of the adapter that is there.
 
         Raises:
@@ -186,6 +186,7 @@ class BankSlots(Generic[R]):
                     allow_unmatched=allow_unmatched,
                     any_base=any_base,
                     unused=self._model.unused,
+                    own_base=True,
                 )
                 kept = {known: at for known, at in self.state.slots.items() if at != number}
                 refuse_changed_inputs()

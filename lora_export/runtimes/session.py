@@ -185,7 +185,8 @@ class AdapterSession:
             slot: For a bank: name of the slot in the graph; by default the slot of the adapter's name, or a
                 free one.
             allow_unmatched: Leave out modules that have no site in the graph.
-            any_base: Load a file that was converted for another base, unless it is valid for that base only.
+            any_base: Load an adapter whose own base, on this machine, has other values, or that was converted
+                for another base, unless it is valid for that base only.
             replace: Replace the adapter of this name (or in this slot), which is refused otherwise.
 
         Returns:

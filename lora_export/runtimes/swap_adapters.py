@@ -75,7 +75,7 @@ class SwapAdapters(Generic[R]):
             read: Function that reads it; called again when a run asks for it after it was evicted.
             slot: For a bank only; refused here.
             allow_unmatched: Leave out modules that have no site.
-            any_base: Load a file converted for another base.
+            any_base: Load an adapter that was trained on, or converted for, another base.
             replace: Replace the adapter of this name.
 
         Raises:
@@ -91,11 +91,12 @@ class SwapAdapters(Generic[R]):
         with same_inputs(at_end=True):
             adapter = read()
             known = _fingerprint(adapter)
-            prepared, notes = self._bind(adapter, allow_unmatched, any_base)
+            prepared, notes = self._bind(adapter, allow_unmatched, any_base, own_base=True)
 
         def again() -> Prepared[R]:
             with same_inputs(at_end=True):
                 fresh = read()
+                # What was read then was compared then.
                 prepared = self._bind(fresh, allow_unmatched, any_base)[0]
             if _fingerprint(fresh) != known:
                 raise AdapterError(
@@ -116,7 +117,7 @@ class SwapAdapters(Generic[R]):
         self.cache.remove(name)
 
     def _bind(
-        self, adapter: Adapter, allow_unmatched: bool, any_base: bool
+        self, adapter: Adapter, allow_unmatched: bool, any_base: bool, *, own_base: bool = False
     ) -> tuple[Prepared[R], tuple[str, ...]]:
         binding = bind_adapter(
             adapter,
@@ -126,6 +127,7 @@ class SwapAdapters(Generic[R]):
             allow_unmatched=allow_unmatched,
             any_base=any_base,
             unused=self._model.unused,
+            own_base=own_base,
         )
         tensors, notes = self._model.fitted(binding.tensors, f"adapter '{adapter.name}'")
 

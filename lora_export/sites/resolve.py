@@ -153,7 +153,7 @@ class Resolver:
         modules = {name.rpartition(".")[0] for name in (*parameters, *self._named[SCOPE])}
         targets = {id(site.target): site.target for site in sites}
         lost = {
-            key: Miss(targets[key], Refusal("partly computed", why))
+            key: Miss(targets[key], why)
             for key, why in computed_answers(sites, self.uses, self._base).items()
         }
         for key, why in other_calls(sites, self.uses, self._computed, modules).items():

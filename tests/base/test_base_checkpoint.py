@@ -91,6 +91,8 @@ def test_the_users_own_folder_comes_first(mode, tmp_path):
     right = checkpoint(tmp_path / "right")
     report = mode(base(tmp_path), given(wrong), tmp_path, checkpoint=right)
     assert all(row.reason.endswith("content agrees") for row in report.plan.rows)
+    (warning,) = report.plan.warnings
+    assert f"'sql' names {wrong} as its base" in warning
     with pytest.raises(SiteError) as refused:
         mode(base(tmp_path), given(right), tmp_path, checkpoint=wrong, force=True)
     assert "--no-checkpoint" not in refused.value.hint
@@ -124,10 +126,22 @@ def test_two_adapters_of_one_folder_and_of_two(mode, tmp_path):
     report = mode(base(tmp_path), both, tmp_path)
     assert all(row.reason.endswith("content agrees") for row in report.plan.rows)
     report = mode(base(tmp_path), [given(folder), given(copy, "chat", 5)], tmp_path, force=True)
-    (note,) = [note for note in report.plan.notes if "compared" in note]
-    assert str(folder) in note
-    assert str(copy) in note
-    assert not any("content" in row.reason for row in report.plan.rows)
+    assert all(row.reason.endswith("content agrees") for row in report.plan.rows)
+    said = [note for note in report.plan.notes if note.startswith("values compared with")]
+    assert sorted(note.split(",")[0].removeprefix("values compared with ") for note in said) == [
+        str(folder),
+        str(copy),
+    ]
+    assert not report.plan.warnings
+
+
+@pytest.mark.parametrize("mode", [merge, bank])
+def test_the_second_adapter_was_trained_on_other_values(mode, tmp_path):
+    folder, other = checkpoint(tmp_path / "c"), checkpoint(tmp_path / "other", a=A, b=random(8, 8, seed=7))
+    report = mode(base(tmp_path), [given(folder), given(other, "chat", 5)], tmp_path)
+    (warning,) = report.plan.warnings
+    assert f"'chat' names {other} as its base" in warning
+    assert "1 of the parameters that change (b.weight)" in warning
 
 
 def peft_folder(folder, names):

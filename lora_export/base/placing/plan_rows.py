@@ -164,12 +164,12 @@ def _changed(
             f"{file} contains an adapter already, beside {contained} of the {total} parameters of {name}",
             "export the base model without the adapter, or give the graph that it was added to",
         )
-    if computed := sum(miss.kind == "partly computed" for miss in misses):
+    if computed := sum(miss.kind in ("partly computed", "picked") for miss in misses):
         return (
             f"a tool has computed parts of {file} into constants, perhaps with {computed} of the {total} "
             f"parameters of {name}",
             "give the graph as its exporter wrote it (torch.onnx.export(..., optimize=False)), and run the "
-            "tool on the result" + ("" if checked else f"; or {_COMPARE}"),
+            "tool on the result" + ("" if checked or "picked" in kinds else f"; or {_COMPARE}"),
         )
     if "values" in kinds:
         return (

@@ -15,6 +15,7 @@ from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.quantised import Quantised, find_quantised
 from lora_export.base.history.history import MANIFEST
 from lora_export.base.history.merged import refuse_contained, refuse_merged
+from lora_export.base.own_base import compared_with_own
 from lora_export.base.pipeline import refuse_other_components
 from lora_export.base.placing.changes import Placed
 from lora_export.base.placing.places import place_adapters
@@ -124,7 +125,10 @@ def plan_merge(
     refuse_unplaced(checkpoint, adapters, placed, allow_unmatched)
     refuse_copies(placed.copied, adapters)
     refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, adapters)
-    placed = replace(placed, plan=replace(placed.plan, notes=(*notes, *placed.plan.notes)))
+    compared, others = compared_with_own(checkpoint, adapters)
+    plan = placed.plan
+    plan = replace(plan, notes=(*notes, *plan.notes, *compared), warnings=(*plan.warnings, *others))
+    placed = replace(placed, plan=plan)
     if dtype is not None:
         _refuse_dequantising(quantised, dtype)
     code = DTYPES[dtype] if dtype else None

@@ -27,6 +27,7 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import FLOAT_TYPES, release, shape_of
+from lora_export.plan import Refusal
 from lora_export.sites import operator_named
 from lora_export.sites.doubts.changed import is_path
 from lora_export.sites.doubts.picked import NUMBERED, picked_rows
@@ -46,8 +47,8 @@ _CORNER = (1, 65536, 256, 64, 16)
 
 def computed_answers(
     sites: Sequence[Site], uses: Sequence[Use], base: BaseWeights | None
-) -> Mapping[int, str]:
-    """Return identity of a target → reason why a constant may be an answer of its module.
+) -> Mapping[int, Refusal]:
+    """Return identity of a target → reason why a constant is, or may be, an answer of its module.
 
     Args:
         sites: Sites of an adapter's targets.
@@ -62,7 +63,7 @@ def computed_answers(
     for use in uses:
         if id(use.root) not in mine and id(use.root) not in computed and _is_computed(use, outputs):
             computed[id(use.root)] = use
-    found = {id(site.target): _reason(use) for site, use in picked_rows(sites, computed, base)}
+    found = {id(site.target): _picked(use) for site, use in picked_rows(sites, computed, base)}
     suspects = {key: use for key, use in computed.items() if _is_suspect(use, outputs, base)}
     if base is not None:
         explained = moved_parameters([use.root for use in suspects.values()], base) if suspects else set()
@@ -74,11 +75,21 @@ def computed_answers(
     return found
 
 
-def _reason(use: Use) -> str:
-    return (
-        f"the constant {use.root.name!r} {list(_shape(use))}, which {use.node.op_type} reads, was "
-        "computed from the model's weights and may be a call of this module: it would stay the base's"
+def _picked(use: Use) -> Refusal:
+    detail = f"{_described(use)} holds an answer of this module, which would stay the base's"
+    return Refusal("picked", detail)
+
+
+def _reason(use: Use) -> Refusal:
+    return Refusal(
+        "partly computed",
+        f"{_described(use)} was computed from the model's weights and may be a call of this module: it would "
+        "stay the base's",
     )
+
+
+def _described(use: Use) -> str:
+    return f"the constant {use.root.name!r} {list(_shape(use))}, which {use.node.op_type} reads,"
 
 
 def _outputs(site: Site) -> int:
