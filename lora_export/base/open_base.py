@@ -23,7 +23,7 @@ from lora_export.base.pipeline import refuse_other_components
 from lora_export.base.placing.plan_rows import (
     OtherValues,
     warned_of_computed,
-    warned_of_convolutions,
+    warned_of_training,
     with_unverified,
 )
 from lora_export.base.reads import CheckpointChoice, files_read
@@ -108,7 +108,7 @@ class Base:
         plan = replace(
             plan, notes=(*self.plan_notes, *plan.notes, *notes), warnings=(*plan.warnings, *warnings)
         )
-        plan = warned_of_convolutions(plan)
+        plan = warned_of_training(plan)
         if self.checkpoint is None:
             return warned_of_computed(replace(plan, notes=(*plan.notes, *self.notes)))
         try:

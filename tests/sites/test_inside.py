@@ -54,6 +54,79 @@ class TimesConv(nn.Conv2d):
         return super().forward(x) * 0.25
 
 
+class Answer(nn.Linear):
+    """What a module may compute behind its product."""
+
+    def __init__(self, then) -> None:
+        super().__init__(D, D)
+        self.then, self.gain = then, nn.Parameter(torch.rand(D) + 0.5)
+
+    def forward(self, x):
+        return self.then(self, super().forward(x))
+
+
+class Input(Answer):
+    """What it may compute before its product."""
+
+    def forward(self, x):
+        return F.linear(self.then(self, x), self.weight, self.bias)
+
+
+class Inside(Answer):
+    """A layer inside of the layer."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.act = nn.ELU()
+
+    def forward(self, x):
+        return self.act(F.linear(x, self.weight, self.bias))
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return F.linear(F.linear(x, self.weight, self.bias), self.weight, self.bias)
+
+
+class Turned(nn.Linear):
+    """Moves, casts and a sum with the product are what a branch beside it adds up with."""
+
+    def forward(self, x):
+        y = F.linear(x.double().float(), self.weight, self.bias)
+        return x.flatten(1).reshape(x.shape) + y.transpose(0, 1).transpose(0, 1) - 3.0
+
+
+class Equalised(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight * 0.3, self.bias)
+
+
+class PerRow(Equalised):
+    def __init__(self, *sizes) -> None:
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.rand(D, 1) + 0.5)
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.gain, self.bias)
+
+
+class Shifted(nn.Embedding):
+    """OPT's positions."""
+
+    def forward(self, ids):
+        return super().forward(ids + 2)
+
+
+class Looked(nn.Embedding):
+    def forward(self, ids):
+        return torch.tanh(super().forward(ids))
+
+
+class Factor(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) * 3.0
+
+
 class Around(nn.Module):
     """A model with something adapted, ``proj``, of a kind that is given."""
 
@@ -63,6 +136,17 @@ class Around(nn.Module):
 
     def forward(self, x):
         return torch.tanh(self.proj(x)) * 3.0
+
+
+class Replaced(Around):
+    """Something that is trained whole, before what has an adapter."""
+
+    def __init__(self, proj: nn.Module) -> None:
+        super().__init__(proj)
+        self.head = nn.Linear(D, D)
+
+    def forward(self, x):
+        return self.head(super().forward(x))
 
 
 class Apart(Around):
@@ -84,6 +168,24 @@ FACTORS = {
     "over": lambda: OverLinear(D, D),
     "convolution": lambda: TimesConv(D, 4, 3),
 }
+MORE = {
+    "vector": lambda: Answer(lambda own, y: y * own.gain),
+    "minus": lambda: Answer(lambda own, y: -y),
+    "subtracted": lambda: Answer(lambda own, y: 1 - y),
+    "clamp": lambda: Answer(lambda own, y: y.clamp(-1, 1)),
+    "square": lambda: Answer(lambda own, y: y * y),
+    "doubled": lambda: Answer(lambda own, y: y + y),
+    "softmax": lambda: Answer(lambda own, y: y.softmax(-1)),
+    "moved first": lambda: Answer(lambda own, y: torch.relu(y.unsqueeze(0)).squeeze(0)),
+    "norm": lambda: Answer(lambda own, y: F.layer_norm(y, (D,))),
+    "number before": lambda: Input(lambda own, x: x * 2.0),
+    "activation before": lambda: Input(lambda own, x: torch.relu(x)),
+    "vector before": lambda: Input(lambda own, x: x + own.gain),
+    "layer inside": Inside,
+    "twice": lambda: Twice(D, D),
+    "shifted": lambda: Shifted(D, D),
+    "looked": lambda: Looked(D, D),
+}
 PADDED = {
     "circular": lambda: nn.Conv2d(D, 4, 3, padding=1, padding_mode="circular"),
     "reflect": lambda: nn.Conv2d(D, 4, 3, padding=1, padding_mode="reflect"),
@@ -96,9 +198,9 @@ PLAIN = {
 }
 
 
-def exported(model, x, exporter, tool, folder, targets=("proj",)):
+def exported(model, x, exporter, tool, folder, targets=("proj",), saves=None):
     """Save a graph, its checkpoint and an adapter; return what PEFT answers."""
-    wanted = saved(model, x, folder, targets)
+    wanted = saved(model, x, folder, targets, saves)
     EXPORTERS[exporter](model, x, folder / "raw.onnx")
     TOOLS[tool](folder / "raw.onnx", folder / "graph.onnx")
     return wanted
@@ -145,6 +247,77 @@ def test_a_number_in_the_module_is_refused(factor, exporter, tmp_path):
     with pytest.raises(SiteError, match="has 1 parameters"):
         bank_onnx(graph, {"one": adapter}, out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "dynamo-noopt", "torchscript"])
+@pytest.mark.parametrize("kind", MORE)
+def test_what_a_module_computes_besides_is_refused(kind, exporter, tmp_path):
+    torch.manual_seed(0)
+    model, x = Around(MORE[kind]()).eval(), torch.randn(2, 3, D)
+    x = torch.randint(0, D - 2, (2, 3)) if isinstance(model.proj, nn.Embedding) else x
+    exported(model, x, exporter, "none", tmp_path)
+    graph, adapter, out = (tmp_path / name for name in ("graph.onnx", "adapter", "out.onnx"))
+    for mode in MODES:
+        for checkpoint in (tmp_path / "base", False):
+            got = outcome(mode, graph, adapter, x.numpy(), out, checkpoint=checkpoint)
+            assert isinstance(got, SiteError), (mode, checkpoint)
+            assert not out.exists()
+    if kind != "twice":
+        assert "the module computes" in str(got)
+        assert "trainers add the adapter behind" in got.hint
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "dynamo-noopt", "torchscript"])
+@pytest.mark.parametrize("kind", [Equalised, PerRow])
+def test_a_factor_that_the_exporter_computed_into_the_weight_is_refused(kind, exporter, tmp_path):
+    """Without a checkpoint the name alone is a doubt or a warning."""
+    torch.manual_seed(0)
+    model, x = Around(kind(D, D)).eval(), torch.randn(2, 3, D)
+    exported(model, x, exporter, "none", tmp_path)
+    graph, adapter, out = (tmp_path / name for name in ("graph.onnx", "adapter", "out.onnx"))
+    for mode in MODES:
+        got = outcome(mode, graph, adapter, x.numpy(), out, checkpoint=tmp_path / "base")
+        assert isinstance(got, SiteError), mode
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "dynamo-noopt", "torchscript"])
+def test_sums_and_moves_inside_a_module_are_right(exporter, tmp_path):
+    torch.manual_seed(0)
+    model, x = Around(Turned(D, D)).eval(), torch.randn(2, 3, D)
+    wanted = exported(model, x, exporter, "none", tmp_path)
+    graph, adapter, out = (tmp_path / name for name in ("graph.onnx", "adapter", "out.onnx"))
+    for mode in MODES:
+        got = outcome(mode, graph, adapter, x.numpy(), out, checkpoint=tmp_path / "base")
+        assert not isinstance(got, SiteError), got
+        assert error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "dynamo-noopt", "torchscript"])
+@pytest.mark.parametrize("kind", [Answer, Input])
+def test_a_module_that_is_replaced_has_its_own_forward(kind, exporter, tmp_path):
+    torch.manual_seed(0)
+    model, x = Replaced(kind(lambda own, y: torch.relu(y) * own.gain)).eval(), torch.randn(2, 3, D)
+    wanted = exported(model, x, exporter, "none", tmp_path, ("head",), saves=["proj"])
+    graph, adapter, out = (tmp_path / name for name in ("graph.onnx", "adapter", "out.onnx"))
+    got = outcome("merge", graph, adapter, x.numpy(), out, checkpoint=tmp_path / "base")
+    assert not isinstance(got, SiteError), got
+    assert error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "dynamo-noopt", "torchscript"])
+def test_a_factor_of_an_embedding_is_warned_of(exporter, tmp_path):
+    torch.manual_seed(0)
+    for number, made in enumerate((Factor(D, D), nn.Embedding(D, D))):
+        model, x, folder = Around(made).eval(), torch.randint(0, D, (2, 3)), tmp_path / str(number)
+        folder.mkdir()
+        trained = exported(model, x, exporter, "none", folder)
+        graph, adapter, out = (folder / name for name in ("graph.onnx", "adapter", "out.onnx"))
+        got = outcome("merge", graph, adapter, x.numpy(), out, checkpoint=False)
+        assert not isinstance(got, SiteError), got
+        report = merge_onnx(graph, adapter, out, checkpoint=False, force=True)
+        warned = any("embed_scale" in warning for warning in report.plan.warnings)
+        assert warned == (error(got, trained) > 1e-3) == isinstance(made, Factor)
 
 
 def test_the_hint_leads_to_what_was_trained(tmp_path):

@@ -81,26 +81,35 @@ def warned_of_computed(plan: Plan) -> Plan:
     ]
     if not names:
         return plan
-    listed = ", ".join(names[:_EXAMPLES]) + (", …" if len(names) > _EXAMPLES else "")
     warning = (
-        f"torch.onnx (TorchScript) computed {len(names)} of the weights ({listed}): a factor that the model "
-        "has on a weight would be in them, and only their nodes' names say whose they are; give --checkpoint "
-        "BASE_DIR to compare the values"
+        f"torch.onnx (TorchScript) computed {len(names)} of the weights ({_first(names)}): a factor that the "
+        "model has on a weight would be in them, and only their nodes' names say whose they are; give "
+        "--checkpoint BASE_DIR to compare the values"
     )
     return replace(plan, warnings=(*plan.warnings, warning))
 
 
-def warned_of_convolutions(plan: Plan) -> Plan:
-    """Warn of convolutions whose adapters trainers compute in another way than they merge them."""
-    named = [row.parameter for row in plan.placed if row.trained_otherwise]
-    if not named:
-        return plan
-    listed = ", ".join(named[:_EXAMPLES]) + (", …" if len(named) > _EXAMPLES else "")
-    warning = (
-        f"PEFT, diffusers and kohya train LoRA of {len(named)} convolutions ({listed}) without their "
-        "dilation or padding mode: the result is what merging in PEFT gives, and not what was trained"
-    )
-    return replace(plan, warnings=(*plan.warnings, warning))
+def warned_of_training(plan: Plan) -> Plan:
+    """Warn of modules whose adapters trainers compute in another way than they merge them."""
+    named = [row for row in plan.placed if row.trained_otherwise]
+    tables = [row.parameter for row in named if row.operator == "Gather"]
+    others = [row.parameter for row in named if row.operator != "Gather"]
+    warnings = []
+    if others:
+        warnings.append(
+            f"PEFT, diffusers and kohya train LoRA of {len(others)} convolutions ({_first(others)}) without "
+            "their dilation or padding mode: the result is what merging in PEFT gives, not what was trained"
+        )
+    if tables:
+        warnings.append(
+            f"{len(tables)} embeddings have a factor of their own ({_first(tables)}): PEFT trains LoRA "
+            "without it, unless the module calls it embed_scale; the result is what merging in PEFT gives"
+        )
+    return replace(plan, warnings=(*plan.warnings, *warnings))
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:_EXAMPLES]) + (", …" if len(names) > _EXAMPLES else "")
 
 
 def refuse_misses(

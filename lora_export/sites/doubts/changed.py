@@ -18,6 +18,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import onnx_ir as ir
+
 from lora_export.plan import Refusal
 from lora_export.sites import fit, operator_named
 from lora_export.sites.doubts.readers import module_of
@@ -40,6 +42,8 @@ _TRANSPOSED = re.compile(r"onnx::MatMul_\d+")
 # onnxruntime-genai's builder (``models/builders/base.py``: ``layernorm_attrs["add_offset"]``).
 _GENAI_NORM = re.compile(r"norm/(Skip)?LayerNorm(/|$)")
 _QUANTISED = re.compile(r"(_DQ)?(_Q\d\w*|_Bnb4|_quantized)$")
+# Names that torch.onnx gives to what it computed itself.
+_OF_EXPORTER = re.compile(r"onnx::\w+|val_\d+")
 # Names that tools are known to give, and what the tools did to the values.
 _TOOLS = (
     (
@@ -109,6 +113,12 @@ def _is_own_name(target: Target, use: Use, key: str) -> bool:
         return True
     linear = target.kind in ("linear", "any") or use.slot.kind == "linear"
     return linear and _TRANSPOSED.fullmatch(name) is not None
+
+
+def is_computed_by_exporter(root: ir.Value) -> bool:
+    """Return True if torch.onnx made a constant from the model's own operations on parameters."""
+    named = _OF_EXPORTER.fullmatch(str(root.name)) is not None
+    return named or bool(folded_from(root) or computed_from(root))
 
 
 def is_transposed_constant(name: str) -> bool:
