@@ -147,9 +147,11 @@ def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
             own = site.keys[0] in named and (is_call or f"{path}.".startswith(f"{module}."))
         else:
             own = module == path and not reads_another(use, path, leaf)
-            if not own and module and module not in modules and is_call:
-                # ``fc_1`` may be a second call of ``fc``, or a module of that name.
-                own = holds_rows(site, use) is not False
+            if not own and module and is_call:
+                # ``fc_1`` may be a second call of ``fc``, or a module of that name; and the exporter numbers
+                # calls beside a module of that name, too.
+                held = holds_rows(site, use)
+                own = held is True if module in modules else held is not False
         # A site that was found by values outvotes a name.
         if own and (site.evidence != "content" or holds_rows(site, use) is not False):
             return _in_the_graph_again(use)
