@@ -34,6 +34,7 @@ from lora_export.sites.doubts.answers import computed_answers
 from lora_export.sites.doubts.conflicts import without_conflicts
 from lora_export.sites.doubts.contained import branch_beside
 from lora_export.sites.doubts.copies import REMEDY, computed_parameters, computed_result, other_calls
+from lora_export.sites.doubts.direct import MERGE, direct_readers
 from lora_export.sites.doubts.inside import marked, more_than_product
 from lora_export.sites.doubts.joined import copies_with_biases, joined_copies
 from lora_export.sites.doubts.unused import is_read, is_read_with_bias, reach_of, unused, unused_sites
@@ -163,6 +164,8 @@ class Resolver:
         copies = dict(copies_with_biases(sites, self.uses, self._evidence))
         if self.weight_of is not None:
             copies |= joined_copies(sites, self.uses, self._evidence, self.weight_of)
+        for key, why in direct_readers(sites, self.uses).items():
+            lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", MERGE))
         for key, (why, hint) in {**more_than_product(sites, self._base), **copies}.items():
             lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", hint))
         return lost

@@ -42,7 +42,7 @@ _CALL = re.compile(r"_\d+(?=\.|$)")
 _OUTPUT = "_output_0"
 # A parameter's path in a constant's name, with the text that ONNX Runtime puts around it.
 _PARAMETER = re.compile(r"(?:(?:Conv|MatMul)\w*?_[WB]_)?((?:[A-Za-z0-9_]\w*\.)+(?:weight|bias))(?![A-Za-z])")
-_WEIGHTS = ("linear", "conv", "embedding")
+WEIGHTS = ("linear", "conv", "embedding")
 # Number of rows by which a quantised weight is recognised, and their least cosine; 4-bit codes have 0.99.
 _ROWS, _ALIKE = 8, 0.9
 
@@ -88,7 +88,7 @@ def other_calls(
         modules: Paths that are known to be modules of their own, not numbered calls of others.
     """
     mine = {id(part.root) for site in sites for part in site.parts}
-    rest = [use for use in uses if use.slot.kind in _WEIGHTS and id(use.root) not in mine]
+    rest = [use for use in uses if use.slot.kind in WEIGHTS and id(use.root) not in mine]
     nameless = [use for use in rest if is_nameless(use)]
     found: dict[int, str] = {}
     left = []
