@@ -8,11 +8,12 @@ what has any size. Nothing in the graph tells what an answer was computed from, 
 1. neither its name nor the exporter's metadata says that it is a parameter; without a checkpoint, only if its
    name is that of a node's output (``/encoder/layer.0/attention/self/Transpose_6_output_0``, ``tanh_1``);
 2. no layer adds it to its own product, if it has one axis;
-3. it has more than a few different values, and is neither a mask, a table of sines, nor a sequence of numbers
-   with equal steps or equal ratios; and
-4. the checkpoint has no parameter with its values: moved, picked, or times a factor.
+3. it is neither a table of sines, nor a sequence of numbers with equal steps or equal ratios, nor numbers
+   that programs are written with: whole ones, fractions, roots (`numbers`); and
+4. the checkpoint has no parameter with its values: moved, picked, or times a factor; of a few values a
+   function of a few of its own.
 
-Answers that were reduced to a few numbers (a norm of one) are not seen: a graph is full of numbers.
+A single number is no suspect: a graph is full of them.
 
 Values of a parameter that the adapter changes explain nothing: they are an answer (`picked`), whatever rules
 1, 3 and 4 say.
@@ -32,6 +33,7 @@ from lora_export.graph.onnx_file import FLOAT_TYPES, release, shape_of
 from lora_export.plan import Refusal
 from lora_export.sites import operator_named
 from lora_export.sites.doubts.changed import is_path
+from lora_export.sites.doubts.numbers import is_written
 from lora_export.sites.doubts.picked import NUMBERED, picked_rows
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import folded_names, path_in, weight_name, weight_path
@@ -45,7 +47,7 @@ _OUTPUT = re.compile(r"/(?:[^/]+/)*(?!Constant)[^/]+_output_\d+")
 # has made constants of them.
 _VALUE = re.compile(
     r"(?:val|r?sub|add|mul|div|neg|abs|exp|log|sin|cos|tanh|sigmoid|relu|gelu|silu|elu|softplus|softmax|"
-    r"log_softmax|pow|r?sqrt|reciprocal|square|sum|mean|amax|amin|max|min|var|std|norm|linalg_vector_norm|"
+    r"log_softmax|pow|r?sqrt|reciprocal|square|sum|prod|mean|amax|amin|max|min|var|std|norm|linalg_vector_norm|"
     r"linear|matmul|mm|bmm|addmm|baddbmm|einsum|conv\dd|convolution|layer_norm|group_norm|rms_norm|"
     r"scaled_dot_product_attention|where|clamp|cumsum|leaky_relu|logsumexp|outer)(?:_\d+)?"
 )
@@ -109,7 +111,7 @@ def _outputs(site: Site) -> int:
 def _is_computed(use: Use) -> bool:
     """Return True if a use's constant may be an answer of any module, by its name and its size."""
     tensor = use.root.const_value
-    if tensor is None or tensor.dtype not in FLOAT_TYPES or use.quantised or math.prod(_shape(use)) <= FEW:
+    if tensor is None or tensor.dtype not in FLOAT_TYPES or use.quantised or math.prod(_shape(use)) < 2:
         return False
     return not is_path(weight_path(weight_name(use)))
 
@@ -148,8 +150,8 @@ def _is_plain(values: Array) -> bool:
     # A corner comes first: it decides for most constants, and a table of embeddings in float64 takes
     # gigabytes.
     corner = values[(slice(_CORNER[min(values.ndim, len(_CORNER) - 1)]),) * values.ndim]
-    if len(np.unique(corner)) <= FEW:
-        return len(np.unique(values)) <= FEW
+    if len(np.unique(corner)) <= FEW and len(few := np.unique(values)) <= FEW:
+        return all(is_written(float(value)) for value in few)
     exact = np.asarray(corner, np.float64)
     if not np.isfinite(exact).all():
         return False
