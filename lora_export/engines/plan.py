@@ -152,7 +152,7 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
     Args:
         model: The ``.onnx`` file.
         wish: The build request.
-        here: Whether this machine builds it.
+        here: True if this machine builds it.
 
     Raises:
         BackendError: Unknown targets or shapes, options that the compiler does not have, too little memory.

@@ -93,9 +93,9 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
         portable: Inline those as well, for other runtimes.
 
     Raises:
-        GraphError: It is not an ONNX file, is empty, its external data is missing, short, outside of the
-            folder, or not the data that a graph of ours was written with, or scales don't fit the weights
-            that they quantise.
+        GraphError: The file is not an ONNX file, or is empty; its external data is missing, short, outside
+            of the folder, or not the data that a graph of ours was written with; or scales don't fit the
+            weights that they quantise.
     """
     file = Path(path)
     if file.is_dir():
