@@ -37,10 +37,11 @@ from lora_export.sites.doubts.inside import marked, more_than_product
 from lora_export.sites.doubts.joined import copies_with_biases, joined_copies
 from lora_export.sites.doubts.unused import is_read, is_read_with_bias, reach_of, unused, unused_sites
 from lora_export.sites.naming import names
+from lora_export.sites.naming.choice import is_below
 from lora_export.sites.naming.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.naming.known_names import KnownNames
 from lora_export.sites.naming.likeness import matrix_of
-from lora_export.sites.naming.renaming import NOT_FOUND, Renaming, is_below, rename
+from lora_export.sites.naming.renaming import NOT_FOUND, Renaming, rename
 from lora_export.sites.naming.towers import Kinds
 from lora_export.sites.proof import proven
 from lora_export.sites.search import ValueSearch
