@@ -100,9 +100,7 @@ def merge_onnx(
         adapters=loaded,
         factors=factors,
         rounding=rounding,
-        before=history_of(base / MANIFEST)
-        if base.is_dir()
-        else history_of(base.with_suffix(".lora.json"), base),
+        before=_merged_before(base),
         options=WriteOptions.among(locals()),
     )
     return merging.run()
@@ -233,6 +231,13 @@ class _Merging:
             files={**read, **own},
         )
         manifest.save(staged["manifest"])
+
+
+def _merged_before(base: Path) -> History:
+    """Return what is merged into a base already: a folder, or a graph with its manifest beside it."""
+    if base.is_dir():
+        return history_of(base / MANIFEST)
+    return history_of(base.with_suffix(".lora.json"), base)
 
 
 def _merged_folder(

@@ -105,18 +105,7 @@ def capture_checkpoint(
     if trace == "outline":
         graph, captured, weights = _in_outline(path, look_at(path), dtype, kv_cache=kv_cache, opset=opset)
     else:
-        model, _ = load_model(path, dtype, replaced)
-        traced, captured = _prepare(model, path, dtype, kv_cache)
-        graph = finish(
-            trace_module(
-                model,
-                traced.inputs,
-                traced.shapes,
-                traced.output_names,
-                input_names=traced.input_names,
-                opset=opset,
-            )
-        )
+        graph, captured = _loaded(path, dtype, replaced, kv_cache=kv_cache, opset=opset)
     if kv_cache:
         name_total(graph)
     graph.metadata_props.update(captured.to_metadata())
@@ -126,6 +115,23 @@ def capture_checkpoint(
     if weights is not None:
         refuse_lost(weights.lost, path, dtype)
     return output
+
+
+def _loaded(
+    path: Path, dtype: str, replaced: Collection[str], kv_cache: bool, opset: int | None
+) -> tuple[ir.Model, Captured]:
+    """Return the graph of a checkpoint's model with its weights in memory, and what it was captured from."""
+    model, _ = load_model(path, dtype, replaced)
+    traced, captured = _prepare(model, path, dtype, kv_cache)
+    graph = trace_module(
+        model,
+        traced.inputs,
+        traced.shapes,
+        traced.output_names,
+        input_names=traced.input_names,
+        opset=opset,
+    )
+    return finish(graph), captured
 
 
 def _in_outline(
