@@ -7,7 +7,7 @@ transposed (square ones least of all), so a file is identified by its metadata, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,3 +155,18 @@ def refuse_other_base(adapter: Adapter, base_sha256: str, where: str, any_base: 
     else:
         hint += ", or go on with convert-adapter --any-base (any_base=True)"
     raise AdapterError(f"adapter '{adapter.name}' was made for another base than {where}", hint, problems)
+
+
+def refuse_other_bases(adapters: Sequence[Adapter], base_sha256: str) -> None:
+    """Raise `AdapterError` for files that were converted for a graph of another base."""
+    problems = [
+        f"{adapter.name}: {problem}"
+        for adapter in adapters
+        if (problem := base_problem(adapter.config, base_sha256))
+    ]
+    if problems:
+        raise AdapterError(
+            "adapters were converted for another base",
+            "give the adapters that they were made from",
+            problems,
+        )

@@ -18,11 +18,11 @@ from lora_export.base.open_base import Base, open_base, output_paths
 from lora_export.base.reads import CheckpointChoice
 from lora_export.base.ties.copies import may_replace_ties
 from lora_export.base.write_options import WriteOptions
+from lora_export.formats.provenance import refuse_other_bases
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.external_data import Change, plan_data, write_data
 from lora_export.graph.onnx_file import save_graph
 from lora_export.machines.packages import package_versions
-from lora_export.modes.branches.union import refuse_other_bases
 from lora_export.modes.merging.blend import check_blend
 from lora_export.modes.merging.checkpoint_files import small_files
 from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
