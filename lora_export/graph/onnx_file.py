@@ -260,6 +260,15 @@ def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
     return tuple(int(d) for d in tensor.shape.numpy())
 
 
+def drop_dead(graph: GraphFile) -> None:
+    """Remove constants that nothing reads any more because copies replace them."""
+    for owner in graph.graphs():
+        inputs = {id(value) for value in owner.inputs}
+        for name, value in list(owner.initializers.items()):
+            if not value.uses() and not value.is_graph_output() and id(value) not in inputs:
+                owner.initializers.pop(name)
+
+
 def save_graph(model: ir.Model, path: Path) -> None:
     """Write the protobuf, sealed; external tensors are written as references.
 
