@@ -25,6 +25,7 @@ from lora_export.storage.commit.lease import Lease, new_identity
 from lora_export.storage.commit.leftovers import scratch_folder, tidy
 from lora_export.storage.commit.lock import locked
 from lora_export.storage.commit.signals import Uninterrupted
+from lora_export.storage.commit.told import has_begun, listening
 from lora_export.storage.outputs import OutputSet
 
 NAMES = ("m.onnx.data", "m.lora.json", "m.onnx")
@@ -805,3 +806,37 @@ def test_a_file_of_its_own_force(tmp_path):
         outputs.commit()
     assert contents(tmp_path) == {"a": "new", "b": "old"}
     shutil.rmtree(tmp_path)
+
+
+def test_what_is_open_is_put_away_whatever_one_of_it_says():
+    closed = []
+
+    def failing():
+        closed.append("failing")
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    notes = []
+    with listening(notes.append) as run:
+        has_begun(lambda: closed.append("first"))
+        has_begun(failing)
+        run.put_away()
+    assert closed == ["failing", "first"]
+    assert os.strerror(errno.EIO) in notes[0]
+
+
+def test_a_lease_is_let_go_once(tmp_path, monkeypatch):
+    """The number of a file that is closed may be another thread's file by the second try."""
+    lease = Lease(tmp_path, new_identity())
+    lease.hold()
+    closed, own = [], os.close
+
+    def close(handle):
+        closed.append(handle)
+        own(handle)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", close)
+        lease.let_go()
+        lease.let_go()
+    assert len(closed) == 1

@@ -211,9 +211,10 @@ class Lease:
 
     def let_go(self) -> None:
         """Unlock the lease's file."""
-        if self._grip is not None:
-            self._grip.let_go()
-            self._grip = None
+        # Forgotten first: the number that is closed may be another thread's file by the second try.
+        grip, self._grip = self._grip, None
+        if grip is not None:
+            grip.let_go()
 
     @property
     def exists(self) -> bool:
