@@ -25,6 +25,7 @@ from lora_export.storage.commit.lease import Lease, new_identity
 from lora_export.storage.commit.leftovers import scratch_folder, tidy
 from lora_export.storage.commit.lock import locked
 from lora_export.storage.commit.signals import Uninterrupted
+from lora_export.storage.commit.steps import Move
 from lora_export.storage.commit.told import has_begun, listening
 from lora_export.storage.outputs import OutputSet
 
@@ -840,3 +841,61 @@ def test_a_lease_is_let_go_once(tmp_path, monkeypatch):
         lease.let_go()
         lease.let_go()
     assert len(closed) == 1
+
+
+@pytest.mark.parametrize("replaces", [False, True], ids=["new", "replaced"])
+@pytest.mark.parametrize("moment", ["staged", "complete", *range(2 * len(NAMES) + 1)])
+def test_the_folders_link_leads_elsewhere_while_a_set_is_written(moment, replaces, tmp_path, monkeypatch):
+    """Deployments point ``current`` to another release at any time: a set goes where it led at first."""
+    out, first, other = (tmp_path / name for name in ("out", "first", "other"))
+    first.mkdir()
+    other.mkdir()
+    out.symlink_to(first)
+    old = dict.fromkeys(NAMES, "old")
+    for folder in (first, other) if replaces else ():
+        write(folder, "old")
+    count, move = 0, steps._move
+
+    def point(now: object) -> None:
+        if now == moment:
+            (tmp_path / "link").symlink_to(other)
+            (tmp_path / "link").replace(out)
+
+    def moved(*paths: Path) -> None:
+        nonlocal count
+        point(count)
+        count += 1
+        move(*paths)
+
+    monkeypatch.setattr(steps, "_move", moved)
+    with OutputSet(True) as outputs:
+        for name in NAMES:
+            outputs.stage(out / name).write_text("new")
+            point("staged")
+            moment = None if moment == "staged" else moment
+        point("complete")
+        outputs.commit()
+    assert contents(first) == dict.fromkeys(NAMES, "new")
+    assert contents(other) == (old if replaces else {})
+
+
+def test_a_scratch_folder_is_put_away_where_it_was_made(tmp_path):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "out").symlink_to("first")
+    with scratch_folder(tmp_path / "out"):
+        (tmp_path / "out").unlink()
+        (tmp_path / "out").symlink_to("other")
+    assert not any((tmp_path / "first").iterdir())
+
+
+def test_another_file_under_the_new_name_is_not_the_one_that_was_renamed(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_text("mine")
+    step = Move.of(one, two)
+    one.unlink()
+    two.write_text("somebody else's")
+    assert not step.is_done()
+    with pytest.raises(FileNotFoundError):
+        step.do()
+    assert two.read_text() == "somebody else's"

@@ -18,6 +18,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,22 +66,41 @@ class Move:
     Attributes:
         source: The current name.
         destination: The new name.
+        file: The file's `fingerprint`; None: not known.
     """
 
     source: Path
     destination: Path
+    file: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, source: Path, destination: Path) -> Move:
+        """Return the renaming of the file that has a name now.
+
+        Raises:
+            OSError: There is none.
+        """
+        return cls(source, destination, fingerprint(source))
 
     def do(self) -> None:
         """Rename the file."""
-        _move(self.source, self.destination)
+        self._rename(self.source, self.destination)
 
     def is_done(self) -> bool:
         """Return whether the file has the new name."""
-        return os.path.lexists(self.destination) and not os.path.lexists(self.source)
+        return self._has(self.destination) and not os.path.lexists(self.source)
 
     def undo(self) -> None:
         """Rename the file back."""
-        _move(self.destination, self.source)
+        self._rename(self.destination, self.source)
+
+    def _rename(self, source: Path, destination: Path) -> None:
+        if os.path.lexists(source) or not self._has(destination):  # else it is the second try
+            _move(source, destination)
+
+    def _has(self, path: Path) -> bool:
+        """Return whether a name is the file's: another file may lie where a folder's path leads by now."""
+        return os.path.lexists(path) and (self.file is None or fingerprint(path) == self.file)
 
 
 @dataclass(frozen=True)
@@ -94,12 +114,24 @@ class Mark(Move):
 
 
 def _move(source: Path, destination: Path) -> None:
-    if os.path.lexists(source):
-        if os.path.lexists(destination):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination))
-        source.rename(destination)
-    elif not os.path.lexists(destination):
+    if not os.path.lexists(source):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
+    if os.path.lexists(destination):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination))
+    source.rename(destination)
+
+
+def itself(folder: Path) -> Path:
+    """Return a folder's path without links; as it was given, if there are none."""
+    real = Path(os.path.realpath(folder))
+    return folder if real == Path(os.path.abspath(folder)) else real  # noqa: PTH100
+
+
+def fingerprint(path: Path) -> tuple[int, ...]:
+    """Return kind, size and time of last change, which a renaming does not alter."""
+    found = path.lstat()
+    kind = stat.S_IFMT(found.st_mode)
+    return kind, found.st_size if stat.S_ISREG(kind) else 0, found.st_mtime_ns
 
 
 def give_names(staged: Sequence[Staged], mark: Mark, remember: Callable[[], None], listed: bool) -> None:
@@ -161,8 +193,11 @@ def _replace(single: Staged, calm: Uninterrupted) -> None:
 
 def _in_steps(staged: Sequence[Staged], mark: Mark, calm: Uninterrupted) -> None:
     replaced = [entry for entry in staged if os.path.lexists(entry.target)]
-    steps: list[Step] = [Move(entry.target, entry.retired) for entry in reversed(replaced)]
-    steps += [mark, *(Move(entry.path, entry.target) for entry in staged)]
+    try:
+        steps: list[Step] = [Move.of(entry.target, entry.retired) for entry in reversed(replaced)]
+        steps += [mark, *(Move.of(entry.path, entry.target) for entry in staged)]
+    except OSError as error:
+        raise _failed(staged[-1].target, error) from error
     done = 0
     try:
         for step in steps:
