@@ -6,8 +6,8 @@
    of functions, no attribute refers to a function's, and element types are ONNX's.
 3. No more than 64 nodes that only move, cast or round a value follow each other: whoever looks for a
    constant, or for an activation, walks back through them from each node that reads it.
-4. Functions do not call themselves, and the graph does not become too large with them inlined: twenty
-   functions that each call the next one twice are a million nodes.
+4. Functions do not call themselves, and the graph does not become too large with them inlined, nor do too
+   many of its nodes get one name: twenty functions that each call the next one twice are a million nodes.
 
 ONNX Runtime refuses such graphs as well (https://github.com/onnx/onnx ``onnx/checker.cc``); here each problem
 is named before anything is computed from the graph. Values in other files are checked by their reader.
@@ -16,7 +16,8 @@ is named before anything is computed from the graph. Values in other files are c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +26,10 @@ import onnx_ir as ir
 from lora_export.untrusted.shown import shown
 
 MAX_NODES = 2_000_000
+# Nodes of inlined functions for each node of the file, and beyond: a small file must not need much memory.
+_TIMES, _BEYOND = 64, 20_000
+# onnx_ir numbers what has one name from 1 on for each of them: limit of the squares of how many have one.
+_MAX_ALIKE = 1 << 27
 # Exporters and quantisers leave ten at most.
 _MAX_MOVES = 64
 _MOVES = frozenset(
@@ -115,9 +120,31 @@ def function_problems(model: ir.Model) -> list[str]:
         return counts[name]
 
     total = count(model.graph.all_nodes(), ())
+    own = sum(1 for graph in (model.graph, *model.functions.values()) for _ in graph.all_nodes())
     if total > MAX_NODES:
         problems.append(f"with its functions inlined it has more than {MAX_NODES} nodes")
+    elif total > _TIMES * own + _BEYOND:
+        problems.append(f"with its functions inlined it has {total} nodes, for {own} in the file")
+    elif not problems and _alike(model, list(counts)) > _MAX_ALIKE:
+        problems.append("with its functions inlined too many nodes have one name")
     return problems
+
+
+def _alike(model: ir.Model, functions: Sequence[Any]) -> int:
+    """Return the sum over names of the square of how many nodes or results have each once inlined.
+
+    Args:
+        model: The model.
+        functions: Functions that are called, each behind those that it calls.
+    """
+    calls: Counter[Any] = Counter(node.op_identifier() for node in model.graph.all_nodes())
+    alike: Counter[tuple[str, str]] = Counter()
+    for name in reversed(functions):
+        for node in model.functions[name].all_nodes():
+            calls[node.op_identifier()] += calls[name]
+            alike["node", node.name or ""] += calls[name]
+            alike.update({("value", value.name or ""): calls[name] for value in node.outputs})
+    return sum(count * count for count in alike.values())
 
 
 _FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")

@@ -404,6 +404,8 @@ def _claiming(sizes: tuple[int, ...], **data: Any) -> bytes:
 
 GRAPHS: dict[str, tuple[Callable[[], bytes], str]] = {
     "functions of functions": (lambda: _functions(40, 2), "more than 2000000 nodes"),
+    "many nodes of functions": (lambda: _functions(16, 2), "nodes, for 34 in the file"),
+    "many nodes of one name": (lambda: _functions(14, 2), "have one name"),
     "a function that calls itself": (lambda: _functions(3, 1, recursive=True), "calls itself"),
     **{
         f"a long way of {kind}": (lambda kind=kind: _moves(kind, 3000, 3000), "more than 64 nodes")
