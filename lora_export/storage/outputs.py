@@ -15,7 +15,15 @@ from lora_export.storage.commit.leases import Leases
 from lora_export.storage.commit.leftovers import tidy
 from lora_export.storage.commit.lock import locked
 from lora_export.storage.commit.signals import Uninterrupted
-from lora_export.storage.commit.steps import Staged, StuckError, discard, give_names, itself, sync_path
+from lora_export.storage.commit.steps import (
+    Staged,
+    StuckError,
+    discard,
+    give_names,
+    itself,
+    places_below,
+    sync_path,
+)
 from lora_export.storage.commit.told import has_begun, has_ended
 from lora_export.storage.inputs import forget_inputs, refuse_changed_inputs
 
@@ -132,12 +140,15 @@ class OutputSet:
                 tidy(folder, held=folders)
             refuse_inputs([entry.target for entry in self._staged], self._reads)
             _refuse(_existing(self._kept))
+            targets = [entry.target for entry in self._staged]
+            # Before they are judged: what comes later is found when they are renamed.
+            known = {path: frozenset(places_below(path)) for path in targets if path.is_dir()}
             if check is not None:
                 check()
             if self._listed:
                 refuse_changed_inputs()
             try:
-                give_names(self._staged, self._leases.mark, self._remember, self._listed)
+                give_names(self._staged, self._leases.mark, self._remember, listed=self._listed, known=known)
             except StuckError:
                 self._is_stuck = True
                 raise

@@ -899,3 +899,36 @@ def test_another_file_under_the_new_name_is_not_the_one_that_was_renamed(tmp_pat
     with pytest.raises(FileNotFoundError):
         step.do()
     assert two.read_text() == "somebody else's"
+
+
+@pytest.mark.parametrize("complete", [True, False], ids=["complete", "begun"])
+@pytest.mark.parametrize("moment", ["checked", "named"])
+def test_what_others_write_into_a_folder_that_is_replaced_is_not_lost(
+    moment, complete, tmp_path, monkeypatch
+):
+    """Their file would be removed with the old folder, after their run has ended well."""
+    folder, move = tmp_path / "m", steps._move
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    other = OutputSet()
+
+    def come_by() -> None:
+        other.stage(folder / "mine").write_text("mine")
+        if complete:
+            other.commit()
+
+    def moved(*paths: Path) -> None:
+        if moment == "named" and paths[0] == folder:
+            come_by()
+        move(*paths)
+
+    monkeypatch.setattr(steps, "_move", moved)
+    with OutputSet(True) as outputs:
+        outputs.stage(folder, folder=True).mkdir()
+        with pytest.raises(OutputError, match="nothing was replaced") as caught:
+            outputs.commit(come_by if moment == "checked" else None)
+    assert any("mine" in line for line in caught.value.problems)
+    if not complete:
+        other.commit()
+    assert contents(folder) == {"old": "old", "mine": "mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from lora_export.errors import OutputError
 from lora_export.storage.commit.signals import Uninterrupted
-from lora_export.storage.commit.steps import discard
+from lora_export.storage.commit.steps import LOCK, discard
 from lora_export.storage.commit.told import has_begun, has_ended
 
-NAME = ".lora-export.lock"
+NAME = LOCK
 PAUSE_S = 0.01
 # Renames take milliseconds; removing a large folder that was replaced takes longer.
 _PATIENCE_S = 60.0

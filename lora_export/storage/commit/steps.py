@@ -2,7 +2,7 @@
 
 1. The set's lease records the set's entries.
 2. Every file to be replaced is renamed, the last of the set first: it points to the others, so that no reader
-   finds it beside another run's data.
+   finds it beside another run's data. A folder is looked at once more: nobody writes into it by its name now.
 3. The lease is renamed, one for all folders (the mark): from here on they are to hold the new set.
 4. Every new file gets its name, the last of the set last.
 5. The old files are removed, then the leases, the set's own last.
@@ -19,7 +19,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +29,9 @@ from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.told import has_written, tell
 
 RETIRED, MARK = ".old", ".commit"
+# The file that is locked in each folder (`lock`).
+LOCK = ".lora-export.lock"
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,46 @@ class Move:
 
 
 @dataclass(frozen=True)
+class Look:
+    """A look at a folder that was renamed, for outputs that others have completed in it since it was judged.
+
+    Attributes:
+        folder: The folder, as it is called now.
+        target: Its own name.
+        known: The files that were in it when it was judged.
+    """
+
+    folder: Path
+    target: Path
+    known: frozenset[str]
+
+    def do(self) -> None:
+        """Raise `OutputError` if there are more files by now."""
+        if more := sorted(places_below(self.folder) - self.known - {LOCK}):
+            raise OutputError(
+                f"another run has written into {self.target} meanwhile (nothing was replaced)",
+                "move these files away, or choose another name",
+                more[:_SHOWN],
+            )
+
+    def is_done(self) -> bool:
+        """Return True: a look has no effect."""
+        return True
+
+    def undo(self) -> None:
+        """Do nothing."""
+
+
+def places_below(folder: Path) -> set[str]:
+    """Return the places of all files in a folder, and of links to folders; none if it is not a folder."""
+    found = set()
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        found |= {(Path(place) / name).relative_to(folder).as_posix() for name in (*files, *links)}
+    return found
+
+
+@dataclass(frozen=True)
 class Mark(Move):
     """The renaming that marks the set as complete and the old files as moved."""
 
@@ -134,7 +177,14 @@ def fingerprint(path: Path) -> tuple[int, ...]:
     return kind, found.st_size if stat.S_ISREG(kind) else 0, found.st_mtime_ns
 
 
-def give_names(staged: Sequence[Staged], mark: Mark, remember: Callable[[], None], listed: bool) -> None:
+def give_names(
+    staged: Sequence[Staged],
+    mark: Mark,
+    remember: Callable[[], None],
+    *,
+    listed: bool,
+    known: Mapping[Path, frozenset[str]],
+) -> None:
     """Do all steps except the removal of the leases; the locks of the folders are held.
 
     Args:
@@ -142,6 +192,7 @@ def give_names(staged: Sequence[Staged], mark: Mark, remember: Callable[[], None
         mark: Mark of the set's lease.
         remember: Function that records the set's entries in the lease.
         listed: Whether to list the output for the run.
+        known: Target that is a folder → `places_below` when it was judged that it may be replaced.
 
     Raises:
         OutputError: A step failed. `StuckError` if it could not be undone: the staged files are then needed
@@ -156,7 +207,7 @@ def give_names(staged: Sequence[Staged], mark: Mark, remember: Callable[[], None
                 calm.insist(remember)
             except OSError as error:
                 raise _failed(entry, error) from error
-            _in_steps(staged, mark, calm)
+            _in_steps(staged, mark, known, calm)
         unsynced = _try_each([(folder, sync_path) for folder in _folders(staged)], calm)
         if listed and not unsynced:
             has_written(entry)
@@ -191,10 +242,14 @@ def _replace(single: Staged, calm: Uninterrupted) -> None:
         raise _failed(single.target, error) from error
 
 
-def _in_steps(staged: Sequence[Staged], mark: Mark, calm: Uninterrupted) -> None:
+def _in_steps(
+    staged: Sequence[Staged], mark: Mark, known: Mapping[Path, frozenset[str]], calm: Uninterrupted
+) -> None:
     replaced = [entry for entry in staged if os.path.lexists(entry.target)]
     try:
         steps: list[Step] = [Move.of(entry.target, entry.retired) for entry in reversed(replaced)]
+        looks = [entry for entry in replaced if entry.target in known]
+        steps += [Look(entry.retired, entry.target, known[entry.target]) for entry in looks]
         steps += [mark, *(Move.of(entry.path, entry.target) for entry in staged)]
     except OSError as error:
         raise _failed(staged[-1].target, error) from error
