@@ -385,6 +385,18 @@ def _functions(depth: int, times: int, recursive: bool = False) -> bytes:
     return _graph([PRODUCT, helper.make_node("f0", ["h"], ["y"], domain="own")], functions)
 
 
+def _moves(kind: str, count: int, reads: int) -> bytes:
+    """Return a graph of a long way behind one constant, or one activation, that many products read."""
+    first = "k.weight" if kind != "Squeeze" else "x"
+    ways = [helper.make_node(kind, [f"w{i}" if i else first], [f"w{i + 1}"]) for i in range(count)]
+    last = f"w{count}"
+    read = [["x", last] if first != "x" else [last, "k.weight"] for _ in range(reads)]
+    products = [helper.make_node("MatMul", names, [f"p{i}"]) for i, names in enumerate(read)]
+    end = helper.make_node("Sum", ["h", *(f"p{i}" for i in range(reads))], ["y"])
+    weight = helper.make_tensor("k.weight", onnx.TensorProto.FLOAT, (8, 8), [1.0] * 64)
+    return _graph([PRODUCT, *ways, *products, end], [], weights=[weight])
+
+
 def _claiming(sizes: tuple[int, ...], **data: Any) -> bytes:
     weight = onnx.TensorProto(name="k.weight", data_type=onnx.TensorProto.FLOAT, dims=sizes, **data)
     return _graph([PRODUCT, END], [], weights=[weight])
@@ -392,7 +404,13 @@ def _claiming(sizes: tuple[int, ...], **data: Any) -> bytes:
 
 GRAPHS: dict[str, tuple[Callable[[], bytes], str]] = {
     "functions of functions": (lambda: _functions(40, 2), "more than 2000000 nodes"),
+    "many nodes of functions": (lambda: _functions(16, 2), "nodes, for 34 in the file"),
+    "many nodes of one name": (lambda: _functions(14, 2), "have one name"),
     "a function that calls itself": (lambda: _functions(3, 1, recursive=True), "calls itself"),
+    **{
+        f"a long way of {kind}": (lambda kind=kind: _moves(kind, 3000, 3000), "more than 64 nodes")
+        for kind in ("Identity", "Transpose", "Squeeze")
+    },
     "more values than there are": (
         lambda: _claiming((1 << 20, 1 << 20), raw_data=b"\0" * 4), "needs 4398046511104",
     ),
