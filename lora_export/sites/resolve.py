@@ -28,7 +28,7 @@ from itertools import islice, zip_longest
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import GraphFile, release, shape_of
 from lora_export.plan import Refusal, RefusalKind
-from lora_export.sites import fit, matrices
+from lora_export.sites import fit, kinds, matrices
 from lora_export.sites.doubts import changed, readers, turned
 from lora_export.sites.doubts.answers import computed_answers
 from lora_export.sites.doubts.conflicts import without_conflicts
@@ -57,8 +57,15 @@ from lora_export.sites.values.verify import (
 )
 from lora_export.storage.patch import Placement
 
+_MODULES = ("linear", "conv", "embedding")
 # Part of the evidence if there is a checkpoint and the graph's weight is quantised.
 _NOT_COMPARED = "quantised, its values are not compared"
+# Hint for a module whose weight another kind of module reads.
+_OTHER_KIND = "give the base that the adapter was trained on"
+_EITHER = (
+    "the file does not say whether it is a Linear or an Embedding, whose change is the transpose, and the "
+    "graph uses its weight as both"
+)
 
 
 class Resolver:
@@ -194,11 +201,33 @@ class Resolver:
             return matrices.find_matrix(target, held, partial(self._search, name, lost))
         if name is None:
             return lost
-        found = self._by_name(target, name, self._weight(target))
+        found = self._of_its_kind(target, name)
         if isinstance(found, Site):
             for part in found.parts:
                 release(part.root)
         return found
+
+    def _of_its_kind(self, target: Target, name: str) -> Site | Miss:
+        """Look for a target by name; where its file doesn't say its kind, the operators decide."""
+        wanted = self._weight(target)
+        (first, _), *more = forms = kinds.forms_of(target)
+        if isinstance(wanted, Stack) or not more:
+            return self._by_name(first, name, wanted)
+        sites: list[tuple[int, Site | Miss]] = []
+        misses: list[Miss] = []
+        for form, refusal in forms:
+            values = wanted.T if wanted is not None and wanted.shape != form.shape else wanted
+            found = self._by_name(form, name, values)
+            if isinstance(found, Site):
+                trust = SOURCES.index(found.evidence.partition(";")[0])
+                sites.append((trust, Miss(target, refusal) if refusal else found))
+            else:
+                misses.append(found)
+        best = [found for trust, found in sites if trust == min(trust for trust, _ in sites)]
+        if len(best) > 1:
+            return Miss(target, Refusal("kind", _EITHER, kinds.AS_PEFT))
+        told = [miss for miss in misses if miss.reason and miss.refusal.hint != _OTHER_KIND] or misses
+        return best[0] if best else replace(told[0], target=target)
 
     def _search(self, name: str | None, lost: Miss, target: Target, wanted: Array | None) -> Site | Miss:
         """Look for one form of a module's own matrix, by its name and by its values."""
@@ -247,7 +276,7 @@ class Resolver:
 
     def _by_name(self, target: Target, key: str, wanted: Wanted | None) -> Site | Miss:
         refused: Miss | None = None
-        unread = ""
+        unread: Refusal | None = None
         dead: list[Use] = []
         for variant in (*names.variants(key), *names.per_expert(key, target.experts)):
             path = variant.keys[0].rpartition(".")[0]
@@ -255,7 +284,7 @@ class Resolver:
                 named = [self._evidence[source].get(name, ()) for name in variant.keys]
                 groups = [self._candidates(target, path, source, uses) for uses in named]
                 if not all(groups):
-                    unread = unread or _unread(named)
+                    unread = unread or _unread(target, named)
                     every = [use for name in variant.keys for use in self._named[source].get(name, ())]
                     dead += [
                         use for use in every if not is_read(self._reach, use) and fit.accepts(target, use)
@@ -280,7 +309,7 @@ class Resolver:
                 refused = refused or found
         if refused is None and dead:
             return unused(target, dead[0])
-        return refused or Miss(target, Refusal("operator" if unread else "not found", unread))
+        return refused or Miss(target, unread or Refusal("not found", ""))
 
     def _candidates(self, target: Target, path: str, source: str, uses: Sequence[Use]) -> list[Use]:
         fitting = [use for use in uses if fit.accepts(target, use)]
@@ -493,9 +522,22 @@ def _first_row(part: Part) -> tuple[int, int]:
     return part.placements[0].rows
 
 
-def _unread(named: Sequence[Sequence[Use]]) -> str:
-    """Return the reason why no use of weights with the right name is of the target's kind."""
-    operators = sorted({use.node.op_type for uses in named for use in uses})
-    if not operators:
-        return ""
-    return f"its weight is read by {', '.join(operators)}, which no module of its kind is known to become"
+def _unread(target: Target, named: Sequence[Sequence[Use]]) -> Refusal | None:
+    """Return the refusal if no use of weights with the right name is of the target's kind."""
+    uses = [use for group in named for use in group]
+    operators = ", ".join(sorted({use.node.op_type for use in uses}))
+    if not uses:
+        return None
+    if target.kind in _MODULES and all(
+        use.slot.kind in _MODULES and (use.slot.kind == "embedding") != (target.kind == "embedding")
+        for use in uses
+    ):
+        found = "rows are looked up" if target.kind != "embedding" else "a product"
+        return Refusal(
+            "shape",
+            f"the adapter has a {target.kind} module; the graph reads the weight with {operators} ({found})",
+            _OTHER_KIND,
+        )
+    return Refusal(
+        "operator", f"its weight is read by {operators}, which no module of its kind is known to become"
+    )

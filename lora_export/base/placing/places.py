@@ -43,6 +43,7 @@ from lora_export.formats.schemes import fitted
 from lora_export.plan import Plan, PlanRow, Refusal, unaccounted
 from lora_export.sites.experts import fit_matrix, fit_parameter, is_turned, unsettled
 from lora_export.sites.experts import settle as settle_layout
+from lora_export.sites.kinds import settle_kinds, unsettled_kind
 from lora_export.sites.naming.names import Named
 from lora_export.sites.naming.renaming import NOT_FOUND, Problem, Renaming
 from lora_export.storage.patch import Patch, Placement, patch_from, replacement
@@ -192,9 +193,10 @@ class _Placer:
             self._hints += [f"for '{adapter.name}': {hint}", SHARED] if shared else [hint]
 
     def settled(self, adapter: Adapter) -> Adapter:
-        """Return the adapter with the layout of this base's experts."""
+        """Return the adapter with the layout of this base's experts, and the kinds of its modules."""
         adapter, notes = settle_layout(adapter, self._names.held)
-        self._notes += notes
+        adapter, kinds = settle_kinds(adapter, self._names.held, self._names.stored)
+        self._notes += [*notes, *kinds]
         return adapter
 
     def place(
@@ -407,6 +409,8 @@ class _Placer:
         """Return the placements of canonical rows ``span`` in a stored tensor; raise NoPlace if none fits."""
         if module.kind == "parameter":
             return self._fit_parameter(module, part, span)
+        if refusal := unsettled_kind(module, self._names.held):
+            raise NoPlace(refusal)
         tensor = self._ledger.tensor(part.tensor)
         wanted = (span[1] - span[0], module.matrix_shape[1])
         shape = tensor.shape

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
+from lora_export.base.checkpoint.meta_model import kind_of
 from lora_export.base.checkpoint.names import Part
 from lora_export.errors import AdapterError
 from lora_export.formats.reading.whole_copies import reach_of
@@ -23,6 +24,7 @@ from lora_export.plan import Refusal
 from lora_export.runtimes.torch.places import NoPlace, Owner, Places
 from lora_export.runtimes.torch.products import Hook, changed, hook_of, tensor_of
 from lora_export.sites.experts import Held, settle
+from lora_export.sites.kinds import settle_kinds
 
 if TYPE_CHECKING:
     import torch
@@ -90,9 +92,9 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
         except NoPlace:
             return None
         transposed = bool(getattr(owner.module, "is_transposed", False))
-        return Held(tuple(owner.get().shape), transposed) if part is None else None
+        return Held(tuple(owner.get().shape), transposed, kind_of(owner.module)) if part is None else None
 
-    adapter, _ = settle(adapter, held)
+    adapter, _ = settle_kinds(settle(adapter, held)[0], held)
     copies: dict[Owner, torch.Tensor] = {}
     # A module's own copies come last: they override the replacement of a shared weight.
     own_last = sorted(adapter.extras.items(), key=lambda extra: reach_of(adapter, extra[0]) == "one")

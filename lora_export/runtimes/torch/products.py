@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_export.adapter import Array, LoraModule
+from lora_export.base.checkpoint.meta_model import kind_of
 from lora_export.base.checkpoint.names import Part
 from lora_export.runtimes.torch.places import NoPlace, Owner
 from lora_export.sites.experts import Held, unsettled
+from lora_export.sites.kinds import unsettled_kind
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +70,8 @@ def hook_of(lora: LoraModule, owner: Owner, part: Part | None) -> Hook | None:
     module = owner.module
     if lora.scale is not None:
         raise NoPlace("DoRA, converted for a graph: give the adapter that it was made from")
+    if refusal := unsettled_kind(lora, lambda _: Held(tuple(owner.get().shape), None, kind_of(module))):
+        raise NoPlace(refusal.detail)
     plain = lora.parameter == "weight" and part is None and lora.kind != "parameter"
     if plain and isinstance(module, nn.Embedding):
         return _embedding(lora, owner)
