@@ -429,7 +429,7 @@ class _Placer:
                 )
             )
         config, flag = self._checkpoint.config, adapter.fan_in_fan_out
-        transposed = turned and (not same or is_conv1d(config, module.path, flag))
+        transposed = turned and (not same or is_conv1d(config, tensor.name.rpartition(".")[0], flag))
         if part.transposed:
             raise NoPlace(
                 Refusal("operator", f"{tensor.name} holds the transpose of it, by transformers' conversion")
