@@ -19,6 +19,8 @@ from lora_export.sites.naming.evidence import (
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Site, Target
 
+_BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
 
 def module_of(node: ir.Node) -> str | None:
     """Return the module path of a node by its metadata or its name; None if the exporter left neither."""
@@ -104,6 +106,8 @@ def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
     for use in uses:
         if use.root is not part.root or (id(use.node), use.slot.index) in mine:
             continue
+        if any(one.type in _BODIES for one in use.node.attributes.values()):
+            return f"is also given to {use.node.op_type} as an input: what reads it in there is not followed"
         module = module_of(use.node)
         # If one reader is a table and the other a matrix, they are different modules with a tied weight.
         tied = {*kinds, use.slot.kind} == {"embedding", "linear"} and not use.refusal
