@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from lora_export.base.checkpoint.quantised import Quantised
 from lora_export.base.checkpoint.vocabulary import resize_hint, why_not_resized
 from lora_export.base.placing.ledger import Ledger
-from lora_export.base.ties.tied_changes import alike, spread
+from lora_export.base.ties.tied_changes import alike, replaces, spread
 from lora_export.base.ties.ties import FLAG, TOGETHER, Tie, Ties
 from lora_export.plan import Refusal
 
@@ -49,6 +49,7 @@ def settle(
     touched = list(dict.fromkeys(tie for name in names if (tie := ties.of(name)) is not None))
     for tie in touched:
         result.copies += _spread(ledger, tie)
+        result.notes += _biases_left_out(ledger, tie, ties)
     growing = set(ledger.resized)
     if growing:
         _settle_rows(ledger, result)
@@ -98,6 +99,25 @@ def _spread(ledger: Ledger, tie: Tie) -> list[tuple[int, str, str]]:
         if name in ledger.resized:
             ledger.resized[other] = ledger.resized[name]
     return found.copies
+
+
+def _biases_left_out(ledger: Ledger, tie: Tie, ties: Ties) -> list[str]:
+    """Return a note for each head that PEFT computes without its bias, because rows of its weight change.
+
+    Source: PEFT 0.21, ``tuners/trainable_tokens/layer.py``: ``F.linear(input=x, weight=W)``.
+    """
+    notes = []
+    for name in tie.tensors.values():
+        bias = f"{name.rpartition('.')[0]}.bias"
+        has_bias = bias in ledger.checkpoint.tensors or ties.of(bias) is not None
+        if has_bias and any(
+            change.is_for_all and replaces(change) for change in ledger.changes.get(name, ())
+        ):
+            notes.append(
+                f"{name}: PEFT leaves out {bias} while an adapter with single rows is active; the merged "
+                "model adds it, as PEFT's own merge does"
+            )
+    return notes
 
 
 def _change_alike(ledger: Ledger, tie: Tie) -> bool:
