@@ -278,7 +278,10 @@ EVERYWHERE = (
     "them is known to be all of it"
 )
 # What to do about an adapter that replaces rows of an embedding, where that can't be done.
-MERGE_ROWS = "merge it into the checkpoint with `lora-export merge`, and use the result as the base"
+MERGE_ROWS = (
+    "merge it into the checkpoint with `lora-export merge`, and use the result as the base, without this "
+    "adapter"
+)
 
 
 def token_rows_problems(adapter: Adapter) -> list[tuple[str, str]]:

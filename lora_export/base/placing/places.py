@@ -48,6 +48,11 @@ from lora_export.sites.naming.names import Named
 from lora_export.sites.naming.renaming import NOT_FOUND, Problem, Renaming
 from lora_export.storage.patch import Patch, Placement, patch_from, replacement
 
+_BIAS_IN_GRAPH = (
+    "merge it into a graph (lora-export merge-onnx), where the product gets a bias, or keep it beside the "
+    "weights (swap-onnx)"
+)
+
 
 class NoPlace(Exception):
     """Exception for a parameter without a site; it is caught here and written into the plan.
@@ -339,7 +344,7 @@ class _Placer:
             if problem.refusal.kind != "not found":
                 raise
             why = "lora_bias needs a bias to be added to, and the base has none here"
-            raise NoPlace(Refusal("not found", why)) from None
+            raise NoPlace(Refusal("not found", why, _BIAS_IN_GRAPH)) from None
         if self._ledger.tensor(name).shape != bias.shape:
             shape = self._ledger.tensor(name).shape
             raise NoPlace(Refusal("shape", f"{name} has shape {shape}, lora_bias {bias.shape}"))

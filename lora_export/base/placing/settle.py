@@ -9,7 +9,7 @@ from lora_export.base.checkpoint.quantised import Quantised
 from lora_export.base.checkpoint.vocabulary import resize_hint, why_not_resized
 from lora_export.base.placing.ledger import Ledger
 from lora_export.base.ties.tied_changes import alike, replaces, spread
-from lora_export.base.ties.ties import FLAG, TOGETHER, Tie, Ties
+from lora_export.base.ties.ties import BESIDE, FLAG, TOGETHER, Tie, Ties
 from lora_export.plan import Refusal
 
 
@@ -138,7 +138,8 @@ def _part(ledger: Ledger, tie: Tie, ties: Ties, quantised: Quantised) -> bool:
     elif tie.refusal or codes:
         why = tie.refusal or f"{codes[0]} is quantised, and codes can't be stored twice"
         reason = f"{' and '.join(names)} share one weight and would differ; {why}"
-        refusal = Refusal("tied", reason, tie.hint or TOGETHER)
+        was_tied = any(change.is_tied for name in names for change in ledger.changes.get(name, ()))
+        refusal = Refusal("tied", reason, tie.hint or (BESIDE if was_tied else TOGETHER))
     else:
         return True
     ledger.refuse(names, refusal)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Array
-from lora_export.base.ties.ties import Tie
+from lora_export.base.ties.ties import BESIDE, Tie
 from lora_export.formats.reading.whole_copies import Reach
 from lora_export.plan import Refusal
 from lora_export.storage.patch import Patch
@@ -100,7 +100,7 @@ def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> Spread:
                     reason = (
                         f"trained with ensure_weight_tying, and yet {' and '.join(found)} change differently"
                     )
-                    result.refusal = Refusal("tied", reason)
+                    result.refusal = Refusal("tied", reason, BESIDE)
             elif shared and not any(map(replaces, trained)):
                 # LoRA on both of them comes from a model without the tie.
                 _add(result, tensor, [one for one in shared if not trained or replaces(one)])

@@ -35,10 +35,8 @@ _LANGUAGE_MODELS = ("LM", "PreTraining", "ConditionalGeneration")
 # Number of bytes compared at a time: tensors with different values differ in the first.
 _COMPARED_BYTES = 1 << 20
 # Hint for weights that have to stay one.
-TOGETHER = (
-    "train the adapter with ensure_weight_tying=True, or export the base to ONNX and keep the adapter beside "
-    "its weights (lora-export swap-onnx)"
-)
+BESIDE = "export the base to ONNX and keep the adapter beside its weights (lora-export swap-onnx)"
+TOGETHER = f"train the adapter with ensure_weight_tying=True, or {BESIDE}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

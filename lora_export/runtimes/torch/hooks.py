@@ -21,7 +21,7 @@ from lora_export.errors import AdapterError
 from lora_export.formats.reading.whole_copies import reach_of
 from lora_export.formats.schemes import fitted
 from lora_export.plan import Refusal
-from lora_export.runtimes.torch.places import NoPlace, Owner, Places
+from lora_export.runtimes.torch.places import TRAINED_ON, NoPlace, Owner, Places
 from lora_export.runtimes.torch.products import Hook, changed, hook_of, tensor_of
 from lora_export.sites.experts import Held, settle
 from lora_export.sites.kinds import settle_kinds
@@ -67,13 +67,13 @@ class Bound:
     paths: Mapping[str, str]
 
 
-def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Bound, list[str]]:
-    """Return an adapter bound to a model, and a line for each part that is not found or does not fit."""
+def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Bound, dict[str, str]]:
+    """Return an adapter bound to a model, and line → hint for each part that is not found or does not fit."""
     import torch
 
     adapter = fitted(adapter, places.known, [])
     finder = places.finder(adapter)
-    problems = [f"{path}: {problem}; {MERGE_ROWS}" for path, problem in token_rows_problems(adapter)]
+    problems = {f"{path}: {problem}": MERGE_ROWS for path, problem in token_rows_problems(adapter)}
     branches = []
 
     def locate(
@@ -81,7 +81,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
     ) -> tuple[str, Owner, Part | None]:
         found = finder.find(parameter, action, component)
         if isinstance(found, Refusal):
-            raise NoPlace(found.detail)
+            raise NoPlace(found.detail, found.hint or TRAINED_ON)
         name, part = found
         path, _, leaf = name.rpartition(".")
         return path, Owner(model.get_submodule(path), leaf), part
@@ -106,7 +106,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
                 _replaced_by(adapter, path, owner=owner, model=model, tensor=tensor, copies=copies), tensor
             )
         except NoPlace as problem:
-            problems.append(f"{path}  {problem}")
+            problems[f"{path}  {problem}"] = problem.hint
     extras = [(owner, tensor) for owner, tensor in copies.items() if not torch.equal(owner.get(), tensor)]
     for lora in adapter.modules.values():
         try:
@@ -116,7 +116,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
             )
             branches += _at_tied_heads(model, branches[-1], adapter)
         except NoPlace as problem:
-            problems.append(f"{lora.path}  {problem}")
+            problems[f"{lora.path}  {problem}"] = problem.hint
     paths = {branch.lora.path: branch.where for branch in branches}
     return Bound(adapter, tuple(branches), tuple(extras), paths), problems
 
@@ -246,8 +246,8 @@ def _replaced_by(
         return [owner]
     if reach == "unknown" and not torch.equal(shared, tensor):
         raise NoPlace(
-            "the model ties it to others, and no config says whether the copy is of all of them: put "
-            "adapter_config.json beside the file"
+            "the model ties it to others, and no config says whether the copy is of all of them",
+            "put the adapter's adapter_config.json beside its file",
         )
     if any(one in copies and not torch.equal(copies[one], tensor) for one in owners):
         raise NoPlace("the model ties it to others, for which the adapter has a copy with other values")
