@@ -34,7 +34,7 @@ class NoPlace(Exception):
 
     Args:
         text: The reason.
-        hint: What helps.
+        hint: Remedy.
     """
 
     def __init__(self, text: str, hint: str = TRAINED_ON) -> None:
