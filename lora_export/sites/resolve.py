@@ -45,7 +45,7 @@ from lora_export.sites.naming.renaming import NOT_FOUND, Renaming, is_below, ren
 from lora_export.sites.naming.towers import Kinds
 from lora_export.sites.slot import Use
 from lora_export.sites.target import BaseWeights, Miss, Part, Site, Stack, Target, Wanted, WeightOf
-from lora_export.sites.uses import find_uses
+from lora_export.sites.uses import find_uses, in_bodies
 from lora_export.sites.values.fingerprints import Places, find_places
 from lora_export.sites.values.verify import (
     check_codes,
@@ -62,6 +62,11 @@ _MODULES = ("linear", "conv", "embedding")
 _NOT_COMPARED = "quantised, its values are not compared"
 # Hint for a module whose weight another kind of module reads.
 _OTHER_KIND = "give the base that the adapter was trained on"
+# Hint for modules with calls in a Loop, Scan or If, whose readers an exporter gives no names.
+_OF_BODY = (
+    "merge the adapter into the checkpoint (lora-export merge) and export the result: calls of the module in "
+    "a loop or branch of the graph (torch.while_loop, scan, cond) have no names that tell them from others"
+)
 _EITHER = (
     "the file does not say whether it is a Linear or an Embedding, whose change is the transpose, and the "
     "graph uses its weight as both"
@@ -163,8 +168,10 @@ class Resolver:
             key: Miss(targets[key], why)
             for key, why in computed_answers(sites, self.uses, self._base).items()
         }
+        weights = (use for use in self.uses if use.slot.kind in _MODULES)
+        remedy = _OF_BODY if in_bodies(weights, self._graph.graph) else REMEDY
         for key, why in other_calls(sites, self.uses, self._computed, modules).items():
-            lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", REMEDY))
+            lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", remedy))
         for key, why in turned.other_orientations(sites, self.uses, parameters).items():
             lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", fit.BOTH_WAYS))
         copies = dict(copies_with_biases(sites, self.uses, self._evidence))
@@ -304,7 +311,7 @@ class Resolver:
                     calls = readers.repeated_calls(found, path, source)
                     found = replace(found, evidence=found.evidence + calls, keys=variant.keys)
                     if problem:
-                        return Miss(target, Refusal("ambiguous", problem))
+                        return Miss(target, Refusal("ambiguous", problem, self._hint_of(*found.parts)))
                     return self._verified(found, wanted, source, variant.keys)
                 refused = refused or found
         if refused is None and dead:
@@ -428,6 +435,13 @@ class Resolver:
             return replace(site, evidence=evidence, proof="values")
         return replace(site, evidence=f"{site.evidence}; {_NOT_COMPARED}", proof="codes")
 
+    def _hint_of(self, *parts: Part) -> str:
+        """Return the hint for constants whose readers can't be told apart because some are in a body."""
+        roots = {id(part.root) for part in parts}
+        # A body's own input hides the way of a weight, so that all of its readers count.
+        readers = [use for use in self.uses if id(use.root) in roots]
+        return _OF_BODY if in_bodies(readers, self._graph.graph) else ""
+
     def _remedy(self) -> str:
         if self._base is not None:
             return "the checkpoint does not store it, so that its values can't be compared"
@@ -492,18 +506,18 @@ class Resolver:
                     )
         if nodes > 1:
             reason = f"ambiguous: its values are read by {nodes} nodes and no name tells which"
-            return Miss(target, Refusal("ambiguous", reason))
+            return Miss(target, Refusal("ambiguous", reason, self._hint_of(*parts)))
         # Rows that a constant holds for two parts of the target can't be changed for one of them.
         if tile(target, parts) and len(parts) == len(hits):
             site = Site(
                 target=target, parts=tuple(parts), evidence="content", proof="values", keys=(target.key,)
             )
             problem = readers.doubt(site, target.path, "content", self.uses)
-            return Miss(target, Refusal("ambiguous", problem)) if problem else site
+            return Miss(target, Refusal("ambiguous", problem, self._hint_of(*parts))) if problem else site
         if parts:
             where = ", ".join(str(part.root.name) for part in parts[:4])
             reason = f"ambiguous: its values are found in {len(parts)} places ({where})"
-            return Miss(target, Refusal("ambiguous", reason))
+            return Miss(target, Refusal("ambiguous", reason, self._hint_of(*parts)))
         if miss.reason:
             return miss
         return Miss(target, Refusal("not found", "not found: no weight of the graph holds its values"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from small_graphs import adapter, delta, embedding, error, graph, linear, random, refusals, run, save
 
-from lora_export import merge_onnx
+from lora_export import SiteError, merge_onnx, swap_onnx
 
 SIZE = 6
 LOOP = """
@@ -71,6 +72,19 @@ def test_a_weight_that_a_loop_takes_is_refused(kind: str, body: str, view: str, 
     reasons = refusals(base, adapter(made("m.fc", SIZE, SIZE)), tmp_path)
     operator = "Loop" if body is LOOP else "Scan"
     assert f"is also given to {operator} as an input" in reasons["m.fc.weight"]
+
+
+@pytest.mark.parametrize("write", [merge_onnx, swap_onnx])
+@pytest.mark.parametrize("body", [LOOP, SCAN])
+def test_the_hint_does_not_ask_for_another_export(write: Any, body: str, tmp_path: Path) -> None:
+    """No exporter gives these calls names: merging into the checkpoint is the way."""
+    base = _base(tmp_path, body % "Identity", CALL)
+    given = adapter(linear("m.fc", SIZE, SIZE))
+    more = {"adapter": given, "output": tmp_path / "o.onnx"}
+    with pytest.raises(SiteError) as caught:
+        merge_onnx(base, given, tmp_path / "o.onnx") if write is merge_onnx else swap_onnx(base, **more)
+    assert "lora-export merge" in caught.value.hint
+    assert "optimize=False" not in caught.value.hint
 
 
 def test_a_weight_that_a_loop_only_captures_is_changed_for_all(tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ from lora_export.sites.naming.evidence import (
 )
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Site, Target
-
-_BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+from lora_export.sites.uses import has_body
 
 
 def module_of(node: ir.Node) -> str | None:
@@ -106,7 +105,7 @@ def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
     for use in uses:
         if use.root is not part.root or (id(use.node), use.slot.index) in mine:
             continue
-        if any(one.type in _BODIES for one in use.node.attributes.values()):
+        if has_body(use.node):
             return f"is also given to {use.node.op_type} as an input: what reads it in there is not followed"
         module = module_of(use.node)
         # If one reader is a table and the other a matrix, they are different modules with a tied weight.
