@@ -129,3 +129,43 @@ def test_exported_groups_are_refused(kind: type[nn.Module], tmp_path: Path) -> N
     peft.save_pretrained(tmp_path / "a")
     caught = refused(bank_onnx, tmp_path / "m.onnx", {"one": tmp_path / "a"}, checkpoint=False)
     assert [problem.split(":")[0] for problem in caught.problems] == ["o"]
+
+
+class Towers(nn.Module):
+    """Two inputs, each with rows of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = torch.tanh(self.a(x)) @ torch.tanh(self.b(y)).T
+        return scores
+
+
+class Words(Towers):
+    """One of them looks its rows up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Embedding(9, DIM)
+
+
+@pytest.mark.parametrize("first", ["x", "y", None])
+@pytest.mark.parametrize("kind", [Towers, Words])
+def test_hints_of_two_towers_do_not_point_at_each_other(
+    kind: type[nn.Module], first: str | None, tmp_path: Path
+) -> None:
+    model = kind().eval()
+    y = torch.arange(5) if kind is Words else torch.randn(5, DIM)
+    path = tmp_path / "m.onnx"
+    torch.onnx.export(
+        model, (torch.randn(4, DIM), y), str(path), input_names=["x", "y"], dynamo=False, verbose=False,
+        dynamic_axes={"x": {0: "pictures"}, "y": {0: "texts"}},
+    )  # fmt: skip
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["a", "b"], init_lora_weights=False))
+    peft.save_pretrained(tmp_path / "a")
+    caught = refused(bank_onnx, path, {"one": tmp_path / "a"}, checkpoint=False, batch_input=first)
+    assert "--batch-input" not in caught.hint
+    assert "a bank has one batch" in caught.hint
+    assert "swap-onnx" in caught.hint
