@@ -34,10 +34,10 @@ class LoraModule:
     Attributes:
         path: Dotted module path in the base model, without PEFT's ``base_model.model.``. For files
             whose names were flattened (kohya) the dots are underscores; see `Adapter.flattened`.
-        kind: What the module is.
-        lora_a: As in the file: linear ``(rank, in_dim)``, conv ``(rank, in_dim, *kernel)``, embedding
-            ``(rank, num_embeddings)``, parameter ``(experts * rank, cols)``, expert-major.
-        lora_b: As in the file: linear ``(out_dim, rank)``, conv ``(out_dim, rank/groups, 1, …)``,
+        kind: Kind of the module, which decides how its factors multiply.
+        lora_a: Factor A as in the file: linear ``(rank, in_dim)``, conv ``(rank, in_dim, *kernel)``,
+            embedding ``(rank, num_embeddings)``, parameter ``(experts * rank, cols)``, expert-major.
+        lora_b: Factor B as in the file: linear ``(out_dim, rank)``, conv ``(out_dim, rank/groups, 1, …)``,
             embedding ``(dim, rank)``, parameter ``(rows, rank * experts)``, rank-major; where `turned`,
             lora_a has the rows and lora_b the columns.
         alpha: Numerator of the scaling.
@@ -48,12 +48,12 @@ class LoraModule:
         lora_bias: Bias of lora_B ``(out_dim,)``; scaled like the weight.
         parameter: Name of the changed parameter inside the module.
         experts: Number of stacked matrices.
-        turned: Of a parameter: its change is ``(B·A)ᵀ``, lora_a acts on the matrices' first axis.
-        layout: What decides `turned`: ``known``; or the module's class, see `formats.reading.experts`.
+        turned: True for a parameter whose change is ``(B·A)ᵀ``: lora_a acts on the matrices' first axis.
+        layout: Source of `turned`: ``known``; or the module's class, see `formats.reading.experts`.
         groups: Groups of a convolution, when the factors tell (more than 1: cannot be merged).
         component: ``unet``, ``text_encoder``, … where one file serves several models.
-        tensor_names: The tensors of the file this module was made of.
-        kind_by: What tells `kind`: the ``file``; or only the module's ``name``, in a format that has Linears
+        tensor_names: Names of the file's tensors that the module was made from.
+        kind_by: Source of `kind`: the ``file``; or only the module's ``name``, in a format that has Linears
             and Embeddings alike; or the ``layers`` of its product, two Linears that may stand beside either.
         table_everywhere: As an embedding, its trainer adds it wherever the base uses the weight: mlx-lm's
             also in the output head that is tied to it.
@@ -102,7 +102,7 @@ class LoraModule:
 
     @property
     def has_dora(self) -> bool:
-        """Whether the module's product has a factor, to be computed or computed already."""
+        """True if the module's product has a factor, to be computed or computed already."""
         return self.magnitude is not None or self.scale is not None
 
     @property
@@ -119,7 +119,7 @@ class LoraModule:
 
     @property
     def everywhere(self) -> bool:
-        """Whether it is added wherever the base uses the weight."""
+        """True if it is added wherever the base uses the weight."""
         return self.table_everywhere and self.kind == "embedding"
 
     @property
@@ -155,7 +155,7 @@ class LoraModule:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether it computes ``W·x`` at each position: a linear, or a convolution with a kernel of ones."""
+        """True if it computes ``W·x`` at each position: a linear, or a convolution with a kernel of ones."""
         if self.kind == "conv":
             return self.groups == 1 and all(size == 1 for size in self.lora_a.shape[2:])
         return self.kind == "linear"
@@ -169,7 +169,7 @@ class LoraModule:
         """Return ``(left, right)`` with ``delta = left @ right``, a canonical matrix; scaling in ``left``.
 
         Args:
-            expert: Which of the stacked matrices.
+            expert: Index among the stacked matrices.
             dtype: float32 or float64; the factors are widened to it before the scaling.
 
         Returns:
@@ -194,9 +194,9 @@ class TokenRows:
     """Rows of an embedding that an adapter replaces.
 
     Attributes:
-        indices: Which rows.
+        indices: Numbers of the rows.
         values: The new rows ``(len(indices), dim)``.
-        tensor_name: The file's tensor.
+        tensor_name: Name of the file's tensor.
     """
 
     indices: tuple[int, ...]
@@ -218,7 +218,7 @@ class Adapter:
     """A trained adapter.
 
     Attributes:
-        name: What to call it: the file's or folder's name.
+        name: Name of the adapter, by default the file's or folder's.
         source: Path it was read from.
         format: Key of the format that read it.
         modules: `LoraModule.key` → module, in the file's order.
@@ -226,18 +226,18 @@ class Adapter:
             were resized): the parameter's path → its values. Replaced first, changed by modules after.
         extra_tensors: Path of an extra → its tensor's name in the file, where the two differ.
         token_rows: Embedding's parameter path → single rows that the adapter replaces, after ``extras``.
-        flattened: The paths' dots are underscores (kohya); compare them flattened.
+        flattened: True if the paths' dots are underscores (kohya); compare them flattened.
         scope: The part of the model that the user says belongs, ``model.encoder``: the paths are below it, or
             it stands in front of them in the base (`lora_export.sites.naming.renaming`).
         part: The part of its file that this is, as the user has said it: ``component``, ``:path`` that all of
             it is below, or ``component:path``; None: the whole file.
-        base_model: What the file says it was trained on, if it says so.
-        fan_in_fan_out: The config says that the base stores the transposed weight (GPT-2's Conv1D).
+        base_model: Name of the model that it was trained on, if the file has one.
+        fan_in_fan_out: True if the config says that the base stores the transposed weight (GPT-2's Conv1D).
         config: The format's own configuration, for `inspect`.
         tensor_names: Every tensor of the file; each belongs to a module or to ``extras``.
-        sha256: Of all of the weights file.
-        notes: What a user should know: said by `inspect` and kept in manifests.
-        states: Of its weights files as they were loaded, see `storage.inputs`.
+        sha256: SHA-256 of the whole weights file.
+        notes: Notes for the user: shown by `inspect` and kept in manifests.
+        states: States of its weights files as they were loaded, see `storage.inputs`.
     """
 
     name: str

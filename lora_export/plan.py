@@ -69,12 +69,12 @@ _NOT_WRITTEN = frozenset({"kind", "proof", "trained_otherwise"})
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something has no place.
+    """A reason why something has no place.
 
     Attributes:
-        kind: What the hint hangs on.
-        detail: What was seen, and where.
-        hint: What to do about this one, where more is known than the kind tells.
+        kind: Kind of the reason, on which the hint depends.
+        detail: The finding and its place.
+        hint: Advice for this one, where more is known than the kind tells.
     """
 
     kind: RefusalKind
@@ -84,7 +84,7 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """What happens to one parameter that an adapter changes.
+    """The plan for one parameter that an adapter changes.
 
     Attributes:
         adapter: Adapter's name.
@@ -94,10 +94,10 @@ class PlanRow:
             values already) or ``refused``.
         place: Name of the stored weight(s).
         operator: Operators that read it, in a graph.
-        layout: How the canonical weight lies there: transposed, which rows of a fused weight, rescaled.
-        reason: What led to the place, or why there is none.
-        kind: Of the refusal, where there is no place.
-        proof: Of a place in a graph.
+        layout: Layout of the canonical weight there: transposed, which rows of a fused weight, rescaled.
+        reason: The evidence for the place, or the reason why there is none.
+        kind: Kind of the refusal, where there is no place.
+        proof: Evidence for a place in a graph, see `Proof`.
         trained_otherwise: True if trainers compute the module in another way than they merge it.
     """
 
@@ -132,12 +132,12 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to everything that adapters change.
+    """The plan for everything that adapters change.
 
     Attributes:
-        rows: In the order of the adapters' files.
-        notes: What a user may want to know.
-        warnings: What a user should not miss.
+        rows: One row for each parameter, in the order of the adapters' files.
+        notes: Notes for the user.
+        warnings: Notes that the user should not miss.
     """
 
     rows: tuple[PlanRow, ...] = ()
@@ -179,12 +179,12 @@ def refuse(
     """Raise `SiteError` for what has no place: all of it, and what to do.
 
     Args:
-        adapters: Who changes it, as a user knows them.
-        place: What they were to go into.
+        adapters: The adapters' names, as the user knows them.
+        place: The base that they were to go into.
         problems: A line for each, with its reason.
-        hints: What to do.
-        count: How many parameters have no place.
-        total: Of how many.
+        hints: Advice; repeated hints are shown once.
+        count: Number of parameters without a place.
+        total: Number of all parameters.
         error: Class of the error.
     """
     message = f"{adapters} has {count} parameters with no place in {place} (of {total})"
@@ -202,6 +202,6 @@ def align(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def unaccounted(file_tensors: Iterable[str], rows: Iterable[PlanRow]) -> list[str]:
-    """Return the tensors of an adapter file that no row of the plan speaks of."""
-    spoken = {name for row in rows for name in row.tensors}
-    return [name for name in file_tensors if name not in spoken]
+    """Return the tensors of an adapter file that no row of the plan names."""
+    named = {name for row in rows for name in row.tensors}
+    return [name for name in file_tensors if name not in named]

@@ -32,7 +32,9 @@ ROWS = [
     ("two writers of one output do not mix", "tests/storage/test_forked_runs.py -k writers", "races"),
     (
         "locks, leftovers and signals are told from others'",
-        "tests/storage/test_commit.py tests/storage/test_leases.py tests/commands/test_signals.py",
+        "tests/storage/test_commit_errors.py tests/storage/test_commit_signals.py "
+        "tests/storage/test_commit_locks.py tests/storage/test_leftovers.py tests/storage/test_leases.py "
+        "tests/commands/test_signals.py",
         "cases",
     ),
     (

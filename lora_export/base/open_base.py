@@ -346,15 +346,6 @@ def output_paths(out: Path) -> dict[str, Path]:
     }
 
 
-def drop_dead(graph: GraphFile) -> None:
-    """Remove constants that nothing reads any more because copies replace them."""
-    for owner in graph.graphs():
-        inputs = {id(value) for value in owner.inputs}
-        for name, value in list(owner.initializers.items()):
-            if not value.uses() and not value.is_graph_output() and id(value) not in inputs:
-                owner.initializers.pop(name)
-
-
 def _base_files(base: Path, graph: GraphFile) -> list[Path]:
     if base.is_dir():
         return sorted([*base.glob("*.safetensors"), *base.glob("config.json")])

@@ -12,8 +12,14 @@ from lora_export.bench.adapter_checks import adapter_problems
 from lora_export.bench.contenders import AdapterChoice, Contender, plan_contenders
 from lora_export.bench.opened import Opening
 from lora_export.bench.outputs import overlap_problems
-from lora_export.bench.sizes import choose_sizes
-from lora_export.bench.workloads import Workload, has_cache, has_sequence, plan_workloads, shape_problems
+from lora_export.bench.workloads import (
+    Workload,
+    choose_sizes,
+    has_cache,
+    has_sequence,
+    plan_workloads,
+    shape_problems,
+)
 from lora_export.errors import LoraExportError, install_line
 from lora_export.runtimes.model_file import BenchModel, label_models, read_model
 
@@ -29,7 +35,7 @@ class Wish:
         models: Paths of the models; the others are compared with the first.
         adapters: Named adapters.
         batches: Batch sizes.
-        sequences: Tokens of a row; None: the usual number, see `lora_export.bench.sizes`.
+        sequences: Tokens of a row; None: the usual number, see `workloads.choose_sizes`.
         pasts: Tokens in the cache when one is decoded; empty: as `sequences`.
         opening: Options for opening the models.
         seconds: Time budget of the timed runs.

@@ -31,6 +31,7 @@ _SYMBOLS: tuple[tuple[str, Role], ...] = (
     ("len", "sequence"),
     ("token", "sequence"),
 )
+_USUAL_SEQUENCE = 128
 # Number of token ids to use if the vocabulary's size is unknown: any vocabulary has these.
 _SAFE_VOCABULARY = 16
 
@@ -89,6 +90,34 @@ def has_sequence(model: BenchModel) -> bool:
     return any(
         role == "sequence" or port.name in _TOKENS for port in model.inputs for role in _roles(port, {})
     )
+
+
+def choose_sizes(
+    models: Sequence[BenchModel], sequences: tuple[int, ...] | None, pasts: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
+    """Return sequences, pasts, and notes on what is smaller than usual.
+
+    Args:
+        models: The models; all of them run the same sizes.
+        sequences: Tokens of a row; None if not given.
+        pasts: Tokens in the cache; empty if not given.
+    """
+    if sequences is not None:
+        return sequences, pasts, ()  # given sizes are used or refused, never changed
+    notes = []
+    sequence = min([_USUAL_SEQUENCE, *most_of(models, "sequence"), *most_of(models, "total")])
+    if sequence < _USUAL_SEQUENCE:
+        notes.append(f"--sequence is {sequence}, usually {_USUAL_SEQUENCE}: the model has no more positions")
+    if pasts or not has_cache(models[0]):
+        return (sequence,), pasts, tuple(notes)
+    # The decoded token needs one more position.
+    past = min([sequence, *most_of(models, "past"), *(most - 1 for most in most_of(models, "total"))])
+    if past < sequence:
+        notes.append(
+            f"--past is {past}, not {sequence} as --sequence: the model has positions for {past + 1} tokens "
+            "in all, and one of them is decoded"
+        )
+    return (sequence,), (past,), tuple(notes)
 
 
 def plan_workloads(

@@ -116,14 +116,7 @@ def bind_adapter(
     _refuse_ranks(found, adapter, exposed)
     _refuse_dora(found, adapter, weight_of)
     caster = Caster()
-    tensors: dict[str, Array] = {}
-    ranks: dict[str, int] = {}
-    for module, pairings in _by_module(found.pairings):
-        rank = sum(pair.lora.rank for pair in pairings)
-        if module.rank > rank:
-            found.notes.append(f"{module.name}: rank {rank}, padded with zeros to the graph's {module.rank}")
-        ranks[module.name] = module.rank or rank
-        tensors |= _tensors(module, pairings, ranks[module.name], weight_of=weight_of, caster=caster)
+    tensors, ranks = _all_tensors(found, weight_of, caster)
     plan = _finish(
         adapter,
         exposed,
@@ -299,6 +292,21 @@ def _by_module(pairings: Iterable[Pairing]) -> list[tuple[ExposedModule, list[Pa
     for pair in pairings:
         groups[pair.module.name].append(pair)
     return [(group[0].module, sorted(group, key=lambda pair: pair.member.start)) for group in groups.values()]
+
+
+def _all_tensors(
+    found: Matches, weight_of: WeightOf | None, caster: Caster
+) -> tuple[dict[str, Array], dict[str, int]]:
+    """Return all tensors of a swap graph that the matches fill, and `ExposedModule.name` → their rank."""
+    tensors: dict[str, Array] = {}
+    ranks: dict[str, int] = {}
+    for module, pairings in _by_module(found.pairings):
+        rank = sum(pair.lora.rank for pair in pairings)
+        if module.rank > rank:
+            found.notes.append(f"{module.name}: rank {rank}, padded with zeros to the graph's {module.rank}")
+        ranks[module.name] = module.rank or rank
+        tensors |= _tensors(module, pairings, ranks[module.name], weight_of=weight_of, caster=caster)
+    return tensors, ranks
 
 
 def _tensors(

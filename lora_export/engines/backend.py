@@ -40,7 +40,7 @@ class Compiler(ABC):
         package: Python package.
         distributions: Its names for pip; the first one that is installed counts.
         extra: Our extra that installs it.
-        anywhere: Whether it builds without a GPU, for GPUs of other machines.
+        anywhere: True if it builds without a GPU, for GPUs of other machines.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Compiler(ABC):
         """Import the package.
 
         Raises:
-            BackendUnavailable: It is not installed, or its libraries can't be loaded.
+            BackendUnavailable: The package is not installed, or its libraries can't be loaded.
         """
         try:
             return import_module(self.package)
@@ -67,10 +67,10 @@ class Compiler(ABC):
             ) from error
 
     def version(self) -> str:
-        """Return its version without importing it.
+        """Return the package's version without importing it.
 
         Raises:
-            BackendUnavailable: It is not installed.
+            BackendUnavailable: The package is not installed.
         """
         for distribution in self.distributions:
             try:

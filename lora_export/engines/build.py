@@ -43,7 +43,7 @@ class BuiltEngine:
         path: File of the engine.
         group: GPUs that it is for, and its memory on each.
         record: Engine record; None in a dry run.
-        cached: Whether it was taken from the cache.
+        cached: True if it was taken from the cache.
         seconds: Seconds that it took, the cache included.
         not_kept: Reason why the cache could not keep it, or "".
     """
@@ -79,7 +79,7 @@ class BuildReport:
         engines: The engines, in the order of the targets.
         profiles: Shapes that they take.
         notes: Changes to the graph for the compiler, and other notes.
-        dry_run: Whether nothing was written.
+        dry_run: True if nothing was written.
     """
 
     engines: tuple[BuiltEngine, ...]

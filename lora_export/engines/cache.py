@@ -219,10 +219,10 @@ class EngineCache:
 
 
 def _has_own_files(place: Path) -> bool:
-    """Whether an entry's files are such as a cache writes: reading a pipe would never end, a link leads away.
+    """Return whether an entry's files are regular: reading a pipe would never end, a link leads elsewhere.
 
     Raises:
-        OSError: One can't be looked at.
+        OSError: A file is missing, or can't be looked at.
     """
     return all(stat.S_ISREG((place / name).lstat().st_mode) for name in (_ENGINE, _LOG, _BUILT))
 

@@ -1,13 +1,11 @@
-"""The varying dimensions of a graph's inputs: their roles, and the sizes that an engine should take.
+"""The sizes that an engine should take in the varying dimensions of a graph's inputs.
 
-A dimension's role comes from its name in the graph (exporters agree on few names, so several spellings are
-known), else from the input that it belongs to. Its largest size comes from the graph's metadata if we
-captured the graph (`captured`), and for LoRA's ranks from its LoRA record.
+A dimension's role (`graph.roles`) decides. Its largest size comes from the graph's metadata if we captured
+the graph (`captured`), and for LoRA's ranks from its LoRA record.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -21,8 +19,6 @@ PHASES = ("prefill", "decode")
 ROLES = (BATCH, SEQUENCE, PAST, TOTAL, RANK)
 # Sizes used if nothing states how large an input may get.
 _MAX_BATCH, _SEQUENCE, _MAX_SEQUENCE, _PAST, _MAX_PAST = 4, 128, 512, 256, 1024
-_TEXT_INPUTS = re.compile(r"(^|[._/])(input_ids|token_type_ids|position_ids|attention_mask|inputs_embeds)$")
-_PAST_INPUTS = re.compile(r"^past(_key_values|_key|_value|\b)")
 
 
 @dataclass(frozen=True)
@@ -35,42 +31,6 @@ class Range:
 
     def __str__(self) -> str:
         return f"{self.low}:{self.usual}:{self.high}"
-
-
-def role_of(port: Port, axis: int) -> str | None:
-    """Return the role of a varying dimension of an input, or None if it is unknown.
-
-    Args:
-        port: The input.
-        axis: Index of the dimension.
-    """
-    dim = str(port.dims[axis])
-    return _role_by_name(dim) or (None if "*" in dim else _role_by_input(port.name, axis))
-
-
-def _role_by_name(symbol: str) -> str | None:
-    text = symbol.lower()
-    # An exporter's placeholder repeats the input's name, which tells nothing about the dimension.
-    # A multiple of a batch is not itself a batch.
-    if "dynamic_axes" in text or "*" in text:
-        return None
-    if "total" in text or ("past" in text and "+" in text):
-        return TOTAL
-    if "past" in text or "cache" in text:
-        return PAST
-    if text.startswith("batch") or text in ("b", "n"):
-        return BATCH
-    return SEQUENCE if "seq" in text else None
-
-
-def _role_by_input(name: str, axis: int) -> str | None:
-    if _PAST_INPUTS.match(name):
-        return {0: BATCH, 2: PAST}.get(axis)
-    if axis == 0:
-        return BATCH
-    if _TEXT_INPUTS.search(name) and axis == 1:
-        return SEQUENCE
-    return None
 
 
 def default_ranges(largest: Mapping[str, int]) -> dict[str, Range]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from lora_export.base.reads import graph_files
 from lora_export.engines import compiler_of
 from lora_export.engines.backend import Compiler
-from lora_export.engines.dims import role_of
 from lora_export.engines.memory.fit import Fit, check_fits
 from lora_export.engines.prepare.prepare import Admitted, admit
 from lora_export.engines.profiles import ProfileRequest, make_profiles
@@ -19,6 +18,7 @@ from lora_export.engines.source import largest_sizes, ports_of
 from lora_export.errors import BackendError
 from lora_export.graph.exposed import KEY
 from lora_export.graph.onnx_file import load_graph
+from lora_export.graph.roles import role_of
 from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES, Target, find_target
 
 PathLike = str | os.PathLike[str]
@@ -152,7 +152,7 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
     Args:
         model: The ``.onnx`` file.
         wish: The build request.
-        here: Whether this machine builds it.
+        here: True if this machine builds it.
 
     Raises:
         BackendError: Unknown targets or shapes, options that the compiler does not have, too little memory.
@@ -206,7 +206,7 @@ def _beyond(inputs: Sequence[Port], profiles: Sequence[Profile], largest: Mappin
             for port in inputs
             if port.name in profile.shapes
             for axis in range(len(port.shape))
-            if (role := role_of(port, axis)) is not None
+            if (role := role_of(port.name, port.dims, axis)) is not None
         }
         for role, most in largest.items():
             if sizes.get(role, 0) > most:

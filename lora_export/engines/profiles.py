@@ -23,7 +23,6 @@ from lora_export.engines.dims import (
     default_rank,
     phase_ranges,
     rank_dims,
-    role_of,
     total_of,
     varying,
 )
@@ -32,6 +31,7 @@ from lora_export.errors import BackendError
 from lora_export.graph.captured import SEQUENCE
 from lora_export.graph.exposed import ExposedGraph
 from lora_export.graph.expressions import evaluate, names_in
+from lora_export.graph.roles import role_of
 
 _HINT = (
     "give --shape DIMENSION=MIN:OPT:MAX (batch=1:1:8) or --shape INPUT=MIN:OPT:MAX with shapes "
@@ -205,7 +205,7 @@ class _Maker:
             return self._by_symbol[symbol]
         if symbol in self._ranks:
             return self._ranks[symbol].sizes(self._roles[RANK])
-        role = role_of(port, axis)
+        role = role_of(port.name, port.dims, axis)
         if role == TOTAL and TOTAL not in self._roles:
             return total_of(self._of_role(SEQUENCE), self._of_role(PAST))
         if role != TOTAL and (computed := self._computed(symbol)) is not None:
@@ -219,7 +219,7 @@ class _Maker:
         """Return the sizes of the graph's dimension of that role, also if it is fixed; 0 if there is none."""
         for port in self._inputs:
             for axis, dim in enumerate(port.dims):
-                if str(dim) not in self._ranks and role_of(port, axis) == role:
+                if str(dim) not in self._ranks and role_of(port.name, port.dims, axis) == role:
                     return self._range(port, axis) or self._roles[role]
         return Range(0, 0, 0)
 
@@ -264,7 +264,7 @@ class _Maker:
     def _roles_here(self) -> list[str]:
         """Return the roles of the varying dimensions, LoRA's ranks included."""
         found = {
-            role_of(port, axis)
+            role_of(port.name, port.dims, axis)
             for port in self._varying
             for axis, dim in enumerate(port.dims)
             if str(dim) not in self._ranks
@@ -297,11 +297,11 @@ class _Maker:
             symbol = str(port.dims[axis])
             if symbol in self._ranks:
                 self._check_rank(port.name, sizes)
-            elif role_of(port, axis) != PAST:
+            elif role_of(port.name, port.dims, axis) != PAST:
                 self._check_size(port.name, sizes)
             self._by_symbol[symbol] = sizes
             # Masks and positions have names of their own for the same dimension.
-            if (role := role_of(port, axis)) and symbol not in self._ranks:
+            if (role := role_of(port.name, port.dims, axis)) and symbol not in self._ranks:
                 self._roles[role] = sizes
         self._by_input[port.name] = found
 

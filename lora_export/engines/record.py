@@ -191,7 +191,7 @@ class EngineRecord:
             where: The file, for messages.
 
         Raises:
-            BackendError: It is not an engine record, is damaged, or is of another version.
+            BackendError: The text is not an engine record, is damaged, or is of another version.
         """
         return cls._from_data(json_of(text, where, BackendError, _AGAIN), where)
 
@@ -201,10 +201,11 @@ class EngineRecord:
 
         Args:
             path: The file.
-            given: What the user named, if the record was only looked for beside or in it; see `read_json`.
+            given: Path that the user named, if the record was only looked for beside or in it; see
+                `read_json`.
 
         Raises:
-            BackendError: It can't be read, or as in `from_json`.
+            BackendError: The file can't be read, or as in `from_json`.
         """
         return cls._from_data(read_json(path, BackendError, _AGAIN, given=given), str(path))
 

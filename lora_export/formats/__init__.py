@@ -60,7 +60,7 @@ def load_adapter(
             ``.onnx_adapter`` file. The last imports onnxruntime, the four before it torch.
         alpha: Numerator of the scaling, if the file doesn't state it.
         rank: Rank, which is checked against the tensors.
-        rslora: Whether the scaling is alpha / √rank.
+        rslora: Divide alpha by √rank (True) or by rank (False); None to read it from the file.
         format: A key of `FORMATS`, if the tensor names alone are ambiguous.
         component: The part to read: ``unet``, ``text_encoder``, … of a file for several models; else the path
             of a submodel (``model.encoder``), see `Adapter.scope`; or both, with a colon in between.

@@ -19,11 +19,11 @@ def load_given(
     """Read one adapter or several; none for None.
 
     Args:
-        given: What `load_adapter` reads, or `Adapter` values.
+        given: Paths that `load_adapter` reads, or `Adapter` values.
         component: The part of each that belongs, see `load_adapter`.
 
     Raises:
-        AdapterError: One can't be read.
+        AdapterError: An adapter can't be read.
         InputChangedError: The files of an `Adapter` were written to since it was loaded.
     """
     listed = [given] if isinstance(given, str | os.PathLike | Adapter) else list(given or ())

@@ -37,7 +37,8 @@ def read(source: Source, options: Options) -> Adapter:
     """Make an adapter from the files of ``mlx_lm.lora``.
 
     Raises:
-        AdapterError: It is a full fine-tuning, has no scale, or breaks rules; all problems are listed.
+        AdapterError: The files are a full fine-tuning, have no scale, or break rules; all problems are
+            listed.
     """
     config: Mapping[str, Any] = source.config if source.config is not None else {}
     kind = config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")

@@ -79,7 +79,8 @@ def read(source: Source, options: Options) -> Adapter:
     """Make an adapter from a PEFT file, with its config or with a stated alpha.
 
     Raises:
-        AdapterError: It is another tuner's, breaks rules, or has unsupported parts; all problems are listed.
+        AdapterError: The file is another tuner's, breaks rules, or has unsupported parts; all problems are
+            listed.
     """
     table = PartsTable()
     notes: list[str] = []

@@ -7,7 +7,7 @@ transposed (square ones least of all), so a file is identified by its metadata, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Provenance:
         base_sha256: The base graph's identity.
         ranks: Module's name → rank of its tensors.
         kinds: Module's name → kind, for modules that are not ``linear``.
-        only_this_base: Whether values were computed from the base's: DoRA's factors, or changes that turn the
+        only_this_base: True if values were computed from the base's: DoRA's factors, or changes that turn the
             base's parameters into whole ones of the adapter.
         version: Version of lora-export.
     """
@@ -78,7 +78,7 @@ class Writer:
         write: Function of ``(path, tensors, provenance)``; names and values in the graph's layout.
         dtype: The only dtype that the format's reader takes, as `ExposedModule.dtype`; empty for any.
         refusal: ``(module's name, kind)`` → reason why the format's reader can't take a module, or "".
-        foreign: Whether it is for graphs of other tools, whose LoRA inputs have names of their own.
+        foreign: True if it is for graphs of other tools, whose LoRA inputs have names of their own.
     """
 
     suffix: str
@@ -139,7 +139,7 @@ def refuse_other_base(adapter: Adapter, base_sha256: str, where: str, any_base: 
         A warning if it goes on with another base, else nothing.
 
     Raises:
-        AdapterError: It was made for another base.
+        AdapterError: The adapter was made for another base.
     """
     problems = [problem] if (problem := base_problem(adapter.config, base_sha256)) else []
     if not problems:
@@ -155,3 +155,18 @@ def refuse_other_base(adapter: Adapter, base_sha256: str, where: str, any_base: 
     else:
         hint += ", or go on with convert-adapter --any-base (any_base=True)"
     raise AdapterError(f"adapter '{adapter.name}' was made for another base than {where}", hint, problems)
+
+
+def refuse_other_bases(adapters: Sequence[Adapter], base_sha256: str) -> None:
+    """Raise `AdapterError` for files that were converted for a graph of another base."""
+    problems = [
+        f"{adapter.name}: {problem}"
+        for adapter in adapters
+        if (problem := base_problem(adapter.config, base_sha256))
+    ]
+    if problems:
+        raise AdapterError(
+            "adapters were converted for another base",
+            "give the adapters that they were made from",
+            problems,
+        )

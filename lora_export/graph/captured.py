@@ -39,7 +39,7 @@ class Captured:
 
     Attributes:
         kind: Kind of the model.
-        kv_cache: Whether keys and values of past tokens are inputs and outputs.
+        kv_cache: True if keys and values of past tokens are inputs and outputs.
         dtype: Type that it computes in, one of `DTYPES`.
         vocab_size: Number of token ids, if it reads tokens.
         largest: Name of a dimension → the largest size that the model has positions for.

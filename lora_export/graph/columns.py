@@ -51,7 +51,7 @@ class Columns(NamedTuple):
 
 
 def depend_on_columns(reach: Reach, columns: Columns) -> bool:
-    """Whether an output depends on columns of a value, as far as this can be told; else true."""
+    """Return whether an output depends on columns of a value; True where this can't be told."""
     pending, seen = [columns], set()
     while pending:
         part = pending.pop()
@@ -160,7 +160,7 @@ def _cut(part: Columns, value: ir.Value, first: int, end: int) -> Columns:
 
 
 def _is_own_axis(axis: int, part: Columns) -> bool | None:
-    """Whether an operator's axis is the columns'; None: the value's number of axes is not known."""
+    """Return whether an operator's axis is the columns'; None if the value's number of axes is not known."""
     if axis < 0:
         return axis == part.axis
     rank = _rank_of(part.value, part.rank)

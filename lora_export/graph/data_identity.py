@@ -106,7 +106,7 @@ class DataTensor(ir.ExternalTensor):
 
         Raises:
             GraphError: The file is gone, or shorter than it was when the graph was read.
-            InputChangedError: It was replaced or written to since.
+            InputChangedError: The file was replaced or written to since.
         """
         with self._read():
             return super().numpy()

@@ -57,7 +57,7 @@ class StoredRows:
         rows: Range of the canonical weight's rows: outputs, or an embedding's entries.
         row: First stored row.
         col: First stored column.
-        transposed: Whether it is stored as ``(in_dim, out_dim)``.
+        transposed: True if it is stored as ``(in_dim, out_dim)``.
     """
 
     weight: str
@@ -78,7 +78,7 @@ class Member:
         ranks: In a bank, the rank of each slot for this module (0: the slot doesn't change it).
         stored: Places of its W0; empty if the weight is quantised or was rescaled.
         stored_bias: Places of its bias, as one row; empty if it has none or it is a part of another.
-        held_turned: Whether the base's module holds the transpose of the canonical weight (a matrix of its
+        held_turned: True if the base's module holds the transpose of the canonical weight (a matrix of its
             own, used as ``x @ W``); None if no adapter that changes it that way asked for the branch.
     """
 
@@ -108,7 +108,7 @@ class ExposedModule:
         kernel: Kernel of a convolution.
         groups: Groups of a convolution's B.
         rank: The rank if the graph fixes it, else 0.
-        bias: Whether the branch has a bias.
+        bias: True if the branch has a bias.
         cuts: For a pack whose members' products are added in several places: outputs at which B is cut into
             tensors of their own, ``<name>.lora_B.<number>.weight``.
     """
@@ -196,9 +196,9 @@ class ExposedGraph:
         modules: The pairs of tensors.
         max_rank: Largest rank that a converted adapter may have.
         flavour: ``ort``: tensors are inputs with an empty default; ``tensorrt``: plain inputs.
-        dora: Whether there are DoRA's factors.
+        dora: True if there are DoRA's factors.
         slots: Slots of a bank.
-        resident: Whether a bank's tensors are constants or inputs.
+        resident: True if a bank's tensors are constants, False if they are inputs.
         batch_input: The graph input whose first dimension is the batch, in a bank.
         merged: Record of the merges into its weights, see `base.in_graph`.
         landmarks: Parameters of the base that show its kind of model (`sites.towers`): the graph itself may

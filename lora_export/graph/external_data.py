@@ -32,7 +32,7 @@ class Change:
     Attributes:
         patches: Function that makes the patches, in the view of `graph.matrix_shape`, when the constant is
             written: all adapters' factors in float32 at once would take most of the memory.
-        stacked: Whether the first two axes are rows (experts).
+        stacked: True if the first two axes are rows (experts).
     """
 
     patches: Callable[[], tuple[Patch, ...]]

@@ -93,9 +93,9 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
         portable: Inline those as well, for other runtimes.
 
     Raises:
-        GraphError: It is not an ONNX file, is empty, its external data is missing, short, outside of the
-            folder, or not the data that a graph of ours was written with, or scales don't fit the weights
-            that they quantise.
+        GraphError: The file is not an ONNX file, or is empty; its external data is missing, short, outside
+            of the folder, or not the data that a graph of ours was written with; or scales don't fit the
+            weights that they quantise.
     """
     file = Path(path)
     if file.is_dir():
@@ -258,6 +258,15 @@ def matrix_shape(shape: tuple[int, ...], stacked: bool = False) -> tuple[int, in
 def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
     """Return the static shape of a tensor as plain integers."""
     return tuple(int(d) for d in tensor.shape.numpy())
+
+
+def drop_dead(graph: GraphFile) -> None:
+    """Remove constants that nothing reads any more because copies replace them."""
+    for owner in graph.graphs():
+        inputs = {id(value) for value in owner.inputs}
+        for name, value in list(owner.initializers.items()):
+            if not value.uses() and not value.is_graph_output() and id(value) not in inputs:
+                owner.initializers.pop(name)
 
 
 def save_graph(model: ir.Model, path: Path) -> None:

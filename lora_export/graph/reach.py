@@ -66,7 +66,7 @@ _CHUNK = 1 << 20
 
 
 class Reach:
-    """What the outputs of a graph depend on.
+    """The nodes and values of a graph on which its outputs depend.
 
     Args:
         graph: The main graph, its functions inlined.
@@ -91,17 +91,17 @@ class Reach:
         self._follow(graph.outputs)
 
     def reads(self, node: ir.Node, index: int) -> bool:
-        """Whether an output depends on an input of a node."""
+        """Return whether an output depends on an input of a node."""
         return id(node) in self._nodes and index not in self._left.get(id(node), ())
 
     def depends_on(self, value: ir.Value) -> bool:
-        """Whether an output depends on a value."""
+        """Return whether an output depends on a value."""
         return id(value) in self._followed
 
     def sums_zeros(self, node: ir.Node) -> bool:
-        """Whether an output depends on a sum of a product and more, where the product is zero by its input.
+        """Return whether an output depends on a sum of a product that is zero by its input, and more.
 
-        So it would depend on a bias that is added to this product.
+        If it does, it would depend on a bias that is added to this product.
         """
         if node.domain not in _DEFAULT or not node.inputs or not self._is_zero(node.inputs[0]):
             return False
@@ -110,7 +110,7 @@ class Reach:
         return node.op_type in _PRODUCTS | _WITH_ADDEND and self._is_zero_read(node.outputs[0])
 
     def _is_zero_read(self, value: ir.Value) -> bool:
-        """Whether an output depends on a node that reads zeros, perhaps moved."""
+        """Return whether an output depends on a node that reads zeros, perhaps moved."""
         pending, seen = [value], {id(value)}
         while pending:
             value = pending.pop()
@@ -204,7 +204,7 @@ class Reach:
         return is_zero or node.attributes.get_float("alpha", 1.0) == 0
 
     def _is_absent(self, node: ir.Node, index: int) -> bool:
-        """Whether an addend is missing, zero, or times zero."""
+        """Return whether an addend is missing, zero, or times zero."""
         value = node.inputs[index]
         return value is None or self._is_zero(value) or node.attributes.get_float("beta", 1.0) == 0
 
@@ -308,7 +308,7 @@ def _states(node: ir.Node) -> int:
 
 
 def _has_only(value: ir.Value, *, nonzero: bool) -> bool:
-    """Whether all of a constant's values are zero, or with ``nonzero`` none is."""
+    """Return whether all of a constant's values are zero, or with ``nonzero`` none is."""
     assert value.const_value is not None
     if value.const_value.dtype == ir.DataType.STRING:
         return False

@@ -30,7 +30,7 @@ def read_model(file: Path) -> ir.Model:
     """Return the model of a file unchanged; external data is not read.
 
     Raises:
-        GraphError: It is not an ONNX file, or is ambiguous.
+        GraphError: The file is not an ONNX file, or is ambiguous.
     """
     import onnx
 
@@ -60,7 +60,7 @@ def inlined(model: ir.Model, file: Path, *, portable: bool = False) -> ir.Model:
         portable: Also inline functions that define one of ONNX Runtime's own operators.
 
     Raises:
-        GraphError: It is empty, or breaks a rule of `lora_export.untrusted.graphs`.
+        GraphError: The model is empty, or breaks a rule of `lora_export.untrusted.graphs`.
     """
     if not len(model.graph):
         raise GraphError(

@@ -29,7 +29,7 @@ def scale_problems(model: ir.Model) -> Iterator[str]:
 
 
 def _fits(node: ir.Node, held: tuple[int, ...], found: tuple[int, ...]) -> bool:
-    """Whether it is one number, one for each place on an axis, or one for each block along an axis."""
+    """Return whether a scale is one number, one for each place on an axis, or one for each block along it."""
     if _is_one(found):
         return True
     axis = node.attributes.get_int("axis", 1)

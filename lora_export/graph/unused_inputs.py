@@ -14,7 +14,7 @@ def unused_modules(graph: ir.Graph, exposed: ExposedGraph, *, genai: bool = Fals
     Args:
         graph: The main graph. Constants of the record that a tool has renamed are left out.
         exposed: The graph's LoRA record.
-        genai: Whether the inputs have onnxruntime-genai's own names.
+        genai: True if the inputs have onnxruntime-genai's own names.
     """
     end = ".MatMul.weight" if genai else ".weight"
     tensors = {

@@ -38,7 +38,7 @@ class FileState:
         state: The strongest finding.
         by: Names of the files that describe it; its own name if it has a seal.
         details: Seen versus wanted, or the reason why it could not be compared.
-        matters: Whether it must be described, because a program may load it.
+        matters: True if it must be described, because a program may load it.
     """
 
     path: Path

@@ -38,7 +38,7 @@ class Claim:
         place: Path of the other file from the folder of the first.
         blake3: Hash of the whole file; empty if not stated.
         sha256: Hash of the whole file or of a sample (`manifest.is_sampled`); empty if not stated.
-        whole: Whether ``sha256`` is of the whole file, whatever its size.
+        whole: True if ``sha256`` is of the whole file, whatever its size.
         size_bytes: Its size, if stated.
     """
 
@@ -57,7 +57,7 @@ class Description:
         claims: A claim for each of the other files.
         uses: Paths of files that it reads but has no hash of.
         problems: Problems of the description itself.
-        is_unsealed: Whether it describes others as only a sealed file does, but has no seal.
+        is_unsealed: True if it describes others as only a sealed file does, but has no seal.
         identity: Identity of all claimed files together (`manifest.identity_of`), if only that is stated.
     """
 

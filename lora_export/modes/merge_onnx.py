@@ -18,11 +18,11 @@ from lora_export.base.open_base import Base, open_base, output_paths
 from lora_export.base.reads import CheckpointChoice
 from lora_export.base.ties.copies import may_replace_ties
 from lora_export.base.write_options import WriteOptions
+from lora_export.formats.provenance import refuse_other_bases
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.external_data import Change, plan_data, write_data
 from lora_export.graph.onnx_file import save_graph
 from lora_export.machines.packages import package_versions
-from lora_export.modes.branches.union import refuse_other_bases
 from lora_export.modes.merging.blend import check_blend
 from lora_export.modes.merging.checkpoint_files import small_files
 from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
@@ -100,9 +100,7 @@ def merge_onnx(
         adapters=loaded,
         factors=factors,
         rounding=rounding,
-        before=history_of(base / MANIFEST)
-        if base.is_dir()
-        else history_of(base.with_suffix(".lora.json"), base),
+        before=_merged_before(base),
         options=WriteOptions.among(locals()),
     )
     return merging.run()
@@ -233,6 +231,13 @@ class _Merging:
             files={**read, **own},
         )
         manifest.save(staged["manifest"])
+
+
+def _merged_before(base: Path) -> History:
+    """Return what is merged into a base already: a folder, or a graph with its manifest beside it."""
+    if base.is_dir():
+        return history_of(base / MANIFEST)
+    return history_of(base.with_suffix(".lora.json"), base)
 
 
 def _merged_folder(

@@ -113,9 +113,7 @@ def swap_onnx(
     form = _Form(dora=dora, flavour=flavour, pack=pack or fuse_base, fuse_base=fuse_base, max_rank=max_rank)
     options = WriteOptions.among(locals())
     if base.is_dir():
-        refuse_unsuited(made_of, base, allow_unmatched=allow_unmatched, dora=dora)
-        if not allow_unmatched:
-            _max_rank(max_rank, [module.rank for item in made_of for module in item.modules.values()])
+        _refuse_before_capture(base, made_of, max_rank, dora=dora, allow_unmatched=allow_unmatched)
     with open_base(base, out, made_of, options) as (opened, paths):
         union = _union(opened, made_of, wanted, dora=dora, allow_unmatched=allow_unmatched)
         plan, record = _expose_all(opened, union, form, base_name(base))
@@ -140,6 +138,15 @@ class _Form:
     pack: bool
     fuse_base: bool
     max_rank: int | None
+
+
+def _refuse_before_capture(
+    base: Path, adapters: Sequence[Adapter], max_rank: int | None, *, dora: bool, allow_unmatched: bool
+) -> None:
+    """Refuse adapters that no graph of a folder could take, before it is captured."""
+    refuse_unsuited(adapters, base, allow_unmatched=allow_unmatched, dora=dora)
+    if not allow_unmatched:
+        _max_rank(max_rank, [module.rank for adapter in adapters for module in adapter.modules.values()])
 
 
 def _union(

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_export.adapter import Adapter, Array
 from lora_export.base.pipeline import refuse_other_components
+from lora_export.engines.record import is_engine
 from lora_export.errors import AdapterError, BackendError
 from lora_export.formats import load_adapter
 from lora_export.formats.reading.weights_files import files_of
@@ -17,11 +18,12 @@ from lora_export.graph.exposed import ExposedGraph
 from lora_export.runtimes.bank_slots import BankSlots, Rows
 from lora_export.runtimes.feeds import DeviceValue, Feeds
 from lora_export.runtimes.held_adapter import HeldAdapter
-from lora_export.runtimes.opening import open_model
+from lora_export.runtimes.model import Model
 from lora_export.runtimes.ort.device import OrtValue, Provider
 from lora_export.runtimes.ort.model import OrtModel
 from lora_export.runtimes.session_options import PathLike, SessionOptions
 from lora_export.runtimes.swap_adapters import SwapAdapters
+from lora_export.runtimes.tensorrt.model import TensorRTModel
 from lora_export.storage.outputs import refuse_inputs
 
 
@@ -110,7 +112,7 @@ class AdapterSession:
             weight_streaming_budget_bytes=weight_streaming_budget_bytes,
             source=source,
         )
-        self._model = open_model(Path(model), options)
+        self._model = _open(Path(model), options)
         self._writes = [] if runtime_cache is None else [Path(runtime_cache)]
         self._adapters = (
             BankSlots(self._model)
@@ -344,3 +346,23 @@ def _read(
     if writes:
         refuse_inputs(writes, files_of(loaded.source))
     return loaded
+
+
+def _open(path: Path, options: SessionOptions) -> Model[Any]:
+    """Open a graph or an engine with exposed LoRA.
+
+    Raises:
+        BackendUnavailable: The runtime is not installed.
+        BackendError: The file can't be opened or can't run here, or options are wrong.
+        GraphError: The graph is missing, or has no exposed LoRA.
+    """
+    if is_engine(path):
+        return TensorRTModel(path, options.for_engine(path))
+    return OrtModel(
+        path,
+        options.for_graph(path),
+        threads=options.threads,
+        cuda_graphs=options.cuda_graphs,
+        session_options=options.session_options,
+        device_id=options.device_id,
+    )

@@ -7,12 +7,12 @@ from dataclasses import replace
 from itertools import zip_longest
 
 import numpy as np
+import onnx_ir as ir
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import matrix_shape, shape_of, stored_matrix
 from lora_export.plan import Refusal
 from lora_export.sites import operator_named
-from lora_export.sites.heads import heads_of
 from lora_export.sites.slot import DEQUANTIZE, Use
 from lora_export.sites.target import Miss, Part, Site, Target
 from lora_export.storage.patch import Placement
@@ -22,6 +22,9 @@ BOTH_WAYS = (
     "merge the adapter into the checkpoint (lora-export merge) and export the result: that changes the "
     "weight in both orientations"
 )
+_ATTENTION = {"GroupQueryAttention", "MultiHeadAttention", "Attention"}
+# Bias, split, rotary embedding and norms of q and k are between a fused projection and the attention.
+_STEPS = 8
 
 
 def accepts(target: Target, use: Use) -> bool:
@@ -238,3 +241,20 @@ def _scales(use: Use) -> list[Array]:
         for value in values
         if value is not None and value.const_value is not None
     ]
+
+
+def heads_of(node: ir.Node) -> tuple[int, int] | None:
+    """Return ``(num_heads, kv_num_heads)`` of the first attention that reads a node's output, or None."""
+    front, seen = [node], {id(node)}
+    for _ in range(_STEPS):
+        following = [usage.node for last in front for output in last.outputs for usage in output.uses()]
+        front = []
+        for reader in following:
+            if reader.op_type in _ATTENTION:
+                heads = reader.attributes.get_int("num_heads", reader.attributes.get_int("q_num_heads", 0))
+                keys = reader.attributes.get_int("kv_num_heads", heads)
+                return (heads, keys) if heads and keys else None
+            if id(reader) not in seen:
+                seen.add(id(reader))
+                front.append(reader)
+    return None

@@ -72,13 +72,19 @@ class Isolator:
 
 def readers_of(value: ir.Value) -> Iterator[tuple[int, int]]:
     """Yield (node, input index) of each operator that a constant's values reach, and outputs of graphs."""
+    for node, index in reading_nodes(value):
+        yield id(node), index
+
+
+def reading_nodes(value: ir.Value) -> Iterator[tuple[ir.Node | ir.Value, int]]:
+    """Yield each operator that a constant's values reach, with the input's index; outputs of graphs as -1."""
     if value.is_graph_output():
-        yield id(value), -1
+        yield value, -1
     for usage in value.uses():
         if usage.node.op_type in PASSED or (usage.idx == 0 and usage.node.op_type in QUANTIZE | DEQUANTIZE):
-            yield from readers_of(usage.node.outputs[0])
+            yield from reading_nodes(usage.node.outputs[0])
         elif usage.node.op_type not in SHAPE_ONLY:
-            yield id(usage.node), usage.idx
+            yield usage.node, usage.idx
 
 
 def _free_name(root: ir.Value, name: str) -> str:

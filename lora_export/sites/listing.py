@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from lora_export.errors import SiteError
 from lora_export.graph.onnx_file import GraphFile, shape_of
 from lora_export.sites import fit
-from lora_export.sites.heads import heads_of
 from lora_export.sites.naming import names
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.slot import Use
@@ -129,7 +128,7 @@ def _canonical_shape(use: Use) -> tuple[int, ...]:
 
 def _fused_parts(key: str, use: Use, shape: tuple[int, ...]) -> Iterator[Target]:
     parts = names.parts_of(key)
-    rows = fit.fused_rows(shape[0], len(parts), heads_of(use.node)) if parts else None
+    rows = fit.fused_rows(shape[0], len(parts), fit.heads_of(use.node)) if parts else None
     if rows:
         for part, count in zip(parts, rows, strict=True):
             yield Target(key=part, kind="linear", shape=(count, shape[1]), action="merge", tensor_names=())

@@ -1,13 +1,13 @@
 """Find the site of each target of an adapter in a graph.
 
 The order of evidence (each is described in `evidence`): scope, node name, folded-from, weight name, then
-the same for renamed, fused and split modules, then content. Rules:
+the same for renamed, fused and split modules, then content (`search`). Rules:
 
 1. One change of names holds for the whole adapter (`renaming`).
 2. A weight's name is believed only if the node that reads it does not name another module, and if an exporter
    is known to give it (`changed.doubt_of`).
 3. More than one constant for a target is an ambiguity, unless their bytes are the same.
-4. With a checkpoint, every match by name must also match by content.
+4. With a checkpoint, every match by name must also match by content (`proof`).
 5. Every reader of a weight is the module's, or known to be another's (`readers.doubt`).
 6. No two targets of an adapter have the same site (`conflicts`).
 7. No other constant stands for another call of the module (`copies.other_calls`, `answers`), none is read
@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice, zip_longest
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import GraphFile, release, shape_of
@@ -34,32 +33,25 @@ from lora_export.sites.doubts.answers import computed_answers
 from lora_export.sites.doubts.conflicts import without_conflicts
 from lora_export.sites.doubts.contained import branch_beside
 from lora_export.sites.doubts.copies import REMEDY, computed_parameters, computed_result, other_calls
+from lora_export.sites.doubts.direct import MERGE, direct_readers
 from lora_export.sites.doubts.inside import marked, more_than_product
 from lora_export.sites.doubts.joined import copies_with_biases, joined_copies
 from lora_export.sites.doubts.unused import is_read, is_read_with_bias, reach_of, unused, unused_sites
 from lora_export.sites.naming import names
+from lora_export.sites.naming.choice import is_below
 from lora_export.sites.naming.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.naming.known_names import KnownNames
 from lora_export.sites.naming.likeness import matrix_of
-from lora_export.sites.naming.renaming import NOT_FOUND, Renaming, is_below, rename
+from lora_export.sites.naming.renaming import NOT_FOUND, Renaming, rename
 from lora_export.sites.naming.towers import Kinds
+from lora_export.sites.proof import proven
+from lora_export.sites.search import ValueSearch
 from lora_export.sites.slot import Use
 from lora_export.sites.target import BaseWeights, Miss, Part, Site, Stack, Target, Wanted, WeightOf
 from lora_export.sites.uses import find_uses, in_bodies
-from lora_export.sites.values.fingerprints import Places, find_places
-from lora_export.sites.values.verify import (
-    check_codes,
-    check_content,
-    orientations,
-    search,
-    tile,
-    unconfirmed,
-)
 from lora_export.storage.patch import Placement
 
 _MODULES = ("linear", "conv", "embedding")
-# Part of the evidence if there is a checkpoint and the graph's weight is quantised.
-_NOT_COMPARED = "quantised, its values are not compared"
 # Hint for a module whose weight another kind of module reads.
 _OTHER_KIND = "give the base that the adapter was trained on"
 # Hint for modules with calls in a Loop, Scan or If, whose readers an exporter gives no names.
@@ -142,8 +134,10 @@ class Resolver:
             self.weight_of = self._base.for_adapter(named, flattened, None)
         change = rename(named, self._known, flattened=flattened, scope=scope if here or not there else None)
         self._wanted = {name for name in change.names if name}
-        named_so = [self._find(target, number, change) for number, target in enumerate(targets)]
-        found = [self._explained(item, change) for item in self._by_content(named_so)]
+        searched = [use for use in self.uses if not use.quantised and not self._refusal(use)]
+        search = ValueSearch(self.uses, searched, self.weight_of, self._wanted, hint_of=self._hint_of)
+        named_so = [self._find(target, number, change, search) for number, target in enumerate(targets)]
+        found = [self._explained(item, change) for item in search.find_all(named_so)]
         misses = [miss for miss in found if isinstance(miss, Miss)]
         if misses and self.weight_of is not None and self.weight_of.is_foreign:
             misses = [replace(miss, is_foreign=True) for miss in misses]
@@ -177,6 +171,8 @@ class Resolver:
         copies = dict(copies_with_biases(sites, self.uses, self._evidence))
         if self.weight_of is not None:
             copies |= joined_copies(sites, self.uses, self._evidence, self.weight_of)
+        for key, why in direct_readers(sites, self.uses).items():
+            lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", MERGE))
         for key, (why, hint) in {**more_than_product(sites, self._base), **copies}.items():
             lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", hint))
         return lost
@@ -199,13 +195,13 @@ class Resolver:
             if id(use) in best:
                 yield use, best[id(use)]
 
-    def _find(self, target: Target, number: int, change: Renaming) -> Site | Miss:
+    def _find(self, target: Target, number: int, change: Renaming, search: ValueSearch) -> Site | Miss:
         name, problem = change.names[number], change.problems.get(number, NOT_FOUND)
         lost = Miss(target, Refusal(problem.kind, str(problem) if problem.detail else ""))
         if matrices.is_matrix(target):
             held = self._weight(target)
             assert not isinstance(held, Stack)
-            return matrices.find_matrix(target, held, partial(self._search, name, lost))
+            return matrices.find_matrix(target, held, partial(self._one_form, search, name, lost))
         if name is None:
             return lost
         found = self._of_its_kind(target, name)
@@ -236,12 +232,13 @@ class Resolver:
         told = [miss for miss in misses if miss.reason and miss.refusal.hint != _OTHER_KIND] or misses
         return best[0] if best else replace(told[0], target=target)
 
-    def _search(self, name: str | None, lost: Miss, target: Target, wanted: Array | None) -> Site | Miss:
+    def _one_form(
+        self, search: ValueSearch, name: str | None, lost: Miss, target: Target, wanted: Array | None
+    ) -> Site | Miss:
         """Look for one form of a module's own matrix, by its name and by its values."""
         found = replace(lost, target=target) if name is None else self._by_name(target, name, wanted)
         if isinstance(found, Miss) and wanted is not None:
-            uses = [use for use in self.uses if not use.quantised and not self._refusal(use)]
-            return self._searched(found, wanted, uses, None)
+            return search.find(found, wanted)
         return found
 
     def _weight(self, target: Target) -> Wanted | None:
@@ -311,8 +308,8 @@ class Resolver:
                     calls = readers.repeated_calls(found, path, source)
                     found = replace(found, evidence=found.evidence + calls, keys=variant.keys)
                     if problem:
-                        return Miss(target, Refusal("ambiguous", problem, self._hint_of(*found.parts)))
-                    return self._verified(found, wanted, source, variant.keys)
+                        return Miss(target, Refusal("ambiguous", problem, self._hint_of(found.parts)))
+                    return proven(found, wanted, source, variant.keys, remedy=self._remedy())
                 refused = refused or found
         if refused is None and dead:
             return unused(target, dead[0])
@@ -379,63 +376,7 @@ class Resolver:
     def _refusal(self, use: Use) -> str:
         return use.no_branch if self._branches else use.refusal
 
-    def _verified(self, site: Site, wanted: Wanted | None, source: str, keys: tuple[str, ...]) -> Site | Miss:
-        """Apply rule 4, and find rescaled rows: a name alone can't tell that values were computed."""
-        target = site.target
-        named = keys if len(keys) == len(site.parts) else keys[:1] * len(site.parts)
-        doubts = [
-            changed.doubt_of(target, part, source, key) for part, key in zip(site.parts, named, strict=True)
-        ]
-        if source in (FOLDED, WEIGHT_NAME):
-            path = keys[0].rpartition(".")[0]
-            foreign = (
-                [readers.foreign_reader(path, part.uses) for part in site.parts] if len(keys) == 1 else []
-            )
-            doubts = [doubt or also for doubt, also in zip_longest(doubts, foreign, fillvalue="")]
-        if len(keys) == 1 and not all(doubts):
-            # Rule 3: all of them hold the same bytes as the one whose name is believed.
-            doubts = [""] * len(doubts)
-        first = next((doubt for doubt in doubts if doubt), "")
-        if wanted is None:
-            if refusal := unconfirmed(target):
-                return Miss(target, refusal)
-            return Miss(target, Refusal("unproven", f"{first}; {self._remedy()}")) if first else site
-        if site.is_quantised:
-            return self._verified_codes(site, wanted, first)
-        parts = []
-        for part, doubt in zip(site.parts, doubts, strict=True):
-            checked = check_content(target, part, wanted, trusted=not doubt)
-            if isinstance(checked, Refusal):
-                return Miss(target, Refusal(checked.kind, f"{checked.detail} (found by {site.evidence})"))
-            parts.append(checked)
-        return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees", proof="values")
-
-    def _verified_codes(self, site: Site, wanted: Wanted, doubt: str) -> Site | Miss:
-        """Apply rule 4 to quantised weights, as far as their codes can be read."""
-        compared = [check_codes(site.target, part, wanted) for part in site.parts]
-        read = [match for match in compared if match is not None]
-        names = ", ".join(repr(part.root.name) for part in site.parts)
-        kind = "vector" if site.target.kind == "vector" else "weight"
-        differs = f"the {kind} {names} does not hold the checkpoint's values"
-        if any(not match.related for match in read):
-            least = min(match.cosine for match in read)
-            reason = f"{differs}, as far as its codes tell (least cosine {least:.3f})"
-            return Miss(site.target, Refusal("values", f"{reason} (found by {site.evidence})"))
-        if all(match.within for match in read) and len(read) == len(compared):
-            evidence = f"{site.evidence}; content agrees within the quantiser's steps"
-            return replace(site, evidence=evidence, proof="values")
-        if doubt and read:
-            return Miss(site.target, Refusal("values", f"{doubt}; {differs}"))
-        if doubt:
-            reason = "it is quantised, so its values can't be compared"
-            return Miss(site.target, Refusal("unproven", f"{doubt}; {reason}"))
-        # With quantisers that don't round to the nearest code, values may be further away.
-        if len(read) == len(compared):
-            evidence = f"{site.evidence}; content is near, as a quantiser leaves it"
-            return replace(site, evidence=evidence, proof="values")
-        return replace(site, evidence=f"{site.evidence}; {_NOT_COMPARED}", proof="codes")
-
-    def _hint_of(self, *parts: Part) -> str:
+    def _hint_of(self, parts: Sequence[Part]) -> str:
         """Return the hint for constants whose readers can't be told apart because some are in a body."""
         roots = {id(part.root) for part in parts}
         # A body's own input hides the way of a weight, so that all of its readers count.
@@ -447,81 +388,6 @@ class Resolver:
             return "the checkpoint does not store it, so that its values can't be compared"
         return "give --checkpoint to compare the values"
 
-    def _by_content(self, found: Sequence[Site | Miss]) -> list[Site | Miss]:
-        """Find targets that no name led to by their values, all in one pass over the graph's constants."""
-        lost = [item.target for item in found if isinstance(item, Miss)]
-        lost = [t for t in lost if not matrices.is_matrix(t) and self._weight(t) is not None]
-        uses = [use for use in self.uses if not use.quantised and not self._refusal(use)] if lost else []
-        sought = [target for target in lost if target.experts == 1 and target.kind != "vector"]
-        places = find_places(uses, sought, self._matrices)
-        wanted = {id(target) for target in lost}
-        return [
-            self._searched(item, values, uses, places.get(id(item.target)))
-            if isinstance(item, Miss)
-            and id(item.target) in wanted
-            and (values := self._weight(item.target)) is not None
-            else item
-            for item in found
-        ]
-
-    def _matrices(self, target: Target) -> list[Array]:
-        values = self._weight(target)
-        return [] if values is None or isinstance(values, Stack) else orientations(target, values)
-
-    def _searched(
-        self, miss: Miss, wanted: Wanted, uses: Sequence[Use], places: Places | None
-    ) -> Site | Miss:
-        """Return the site with a target's values, among possible places (None: anywhere), or a miss."""
-        target = miss.target
-        hits: dict[int, list[Part]] = {}
-        roots = None if places is None else {root for root, _ in places}
-        for use in uses:
-            if roots is not None and id(use.root) not in roots:
-                continue
-            offsets = () if places is None else places.get((id(use.root), use.transposed), ())
-            if (places is not None and id(use.root) not in hits and not offsets) or not fit.accepts(
-                target, use
-            ):
-                continue
-            if id(use.root) in hits:
-                hits[id(use.root)] = [replace(part, uses=(*part.uses, use)) for part in hits[id(use.root)]]
-            # Two places in one constant are an ambiguity; more need not be searched.
-            elif parts := list(islice(search(target, use, wanted, offsets), 2)):
-                hits[id(use.root)] = parts
-            release(use.root)
-        parts = sorted((part for parts in hits.values() for part in parts), key=_first_row)
-        nodes = max((len(part.uses) for part in parts), default=0)
-        if any(use.transposed != part.uses[0].transposed for part in parts for use in part.uses):
-            reason = "ambiguous: its weight is read in both orientations"
-            return Miss(target, Refusal("ambiguous", reason, fit.BOTH_WAYS))
-        if parts and target.for_all_ends and self.weight_of and self.weight_of.is_tied(target):
-            # Any end of the tie without its own copy will do: `tied_ends` gives the change to the others.
-            for part in parts:
-                named = ((use, f"{readers.module_of(use.node)}.weight") for use in part.uses)
-                own = [use for use, name in named if name not in self._wanted]
-                if own and tile(target, [part]):
-                    end = replace(part, uses=tuple(own[:1]))
-                    return Site(
-                        target=target, parts=(end,), evidence="content", proof="values", keys=(target.key,)
-                    )
-        if nodes > 1:
-            reason = f"ambiguous: its values are read by {nodes} nodes and no name tells which"
-            return Miss(target, Refusal("ambiguous", reason, self._hint_of(*parts)))
-        # Rows that a constant holds for two parts of the target can't be changed for one of them.
-        if tile(target, parts) and len(parts) == len(hits):
-            site = Site(
-                target=target, parts=tuple(parts), evidence="content", proof="values", keys=(target.key,)
-            )
-            problem = readers.doubt(site, target.path, "content", self.uses)
-            return Miss(target, Refusal("ambiguous", problem, self._hint_of(*parts))) if problem else site
-        if parts:
-            where = ", ".join(str(part.root.name) for part in parts[:4])
-            reason = f"ambiguous: its values are found in {len(parts)} places ({where})"
-            return Miss(target, Refusal("ambiguous", reason, self._hint_of(*parts)))
-        if miss.reason:
-            return miss
-        return Miss(target, Refusal("not found", "not found: no weight of the graph holds its values"))
-
 
 def _kind_of(use: Use) -> RefusalKind:
     """Return the kind of a use's own refusal."""
@@ -530,10 +396,6 @@ def _kind_of(use: Use) -> RefusalKind:
     if use.refusal and use.no_branch:
         return "operator"
     return "merge only" if use.no_branch else "branch only"
-
-
-def _first_row(part: Part) -> tuple[int, int]:
-    return part.placements[0].rows
 
 
 def _unread(target: Target, named: Sequence[Sequence[Use]]) -> Refusal | None:

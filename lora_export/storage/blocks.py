@@ -154,7 +154,7 @@ class Matrix:
 
     @property
     def needs_norms(self) -> bool:
-        """Whether some DoRA norm spans several blocks, so that `measure_norms` must be called first."""
+        """True if some DoRA norm spans several blocks, so that `measure_norms` must be called first."""
         rows_are_cut = self.piece.shape[1] > WIDE
         return any(p.magnitude is not None and (p.magnitude_axis == 1 or rows_are_cut) for p in self.patches)
 

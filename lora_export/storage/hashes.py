@@ -30,7 +30,7 @@ class FileHash:
         name: File name without folders.
         size_bytes: Size of the file.
         sha256: Hash of its content, or of a sample (see ``sampled``).
-        sampled: Whether the hash covers only the size and 256 evenly spaced blocks of 64 KiB.
+        sampled: True if the hash covers only the size and 256 evenly spaced blocks of 64 KiB.
         blake3: Hash of all of its content; empty if only its identity was needed, and in files of earlier
             versions.
     """

@@ -176,9 +176,9 @@ def refuse_changed(
     """Raise `InputChangedError` naming every file whose state has changed.
 
     Args:
-        states: Of when they were first looked at.
-        since: Since when, for the message.
-        hint: What to do.
+        states: The files' states when they were first looked at.
+        since: The time since then, in the message's words.
+        hint: Advice for the user.
     """
     if changed := [change for state in states if (change := state.change())]:
         files = "a file has" if len(changed) == 1 else f"{len(changed)} files have"

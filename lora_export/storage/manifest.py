@@ -55,7 +55,7 @@ class Manifest:
         """Write the manifest, sealed.
 
         Raises:
-            GraphError: It could not be read again.
+            GraphError: The manifest could not be read again, so it is not written.
         """
         text = self.to_json()
         Manifest.from_json(text)
@@ -70,7 +70,7 @@ class Manifest:
         """Read a manifest that `save` or `to_json` wrote.
 
         Raises:
-            GraphError: It is not a manifest, is damaged, or has another format.
+            GraphError: The text is not a manifest, is damaged, or has another format.
         """
         return cls._from_data(json_of(text, "the manifest", GraphError, _HINT))
 
@@ -80,10 +80,10 @@ class Manifest:
 
         Args:
             path: The file.
-            given: What the user named, if the manifest was only looked for beside it; see `read_json`.
+            given: Path that the user named, if the manifest was only looked for beside it; see `read_json`.
 
         Raises:
-            GraphError: It can't be read, or as in `from_json`.
+            GraphError: The file can't be read, or as in `from_json`.
         """
         return cls._from_data(read_json(path, GraphError, _HINT, given=given))
 

@@ -35,7 +35,7 @@ class OutputSet:
     Args:
         force: Replace existing files.
         reads: The files that were read for it; none of them is ever replaced.
-        listed: Whether the user is told of it when a later step of the same run fails; False for caches.
+        listed: Tell the user of it when a later step of the same run fails; False for caches.
     """
 
     def __init__(self, force: bool = False, reads: Iterable[Path] = (), *, listed: bool = True) -> None:
@@ -74,7 +74,7 @@ class OutputSet:
 
         Args:
             target: The output.
-            folder: Whether it is a folder; the caller has made sure that one of that name may be replaced.
+            folder: True for a folder; the caller has made sure that one of that name may be replaced.
             force: Like the set's ``force``, for this file alone.
 
         Raises:

@@ -23,7 +23,7 @@ class Placement:
         rows: Range of canonical rows that this tensor holds (only some for a split weight).
         row: First stored row of the rectangle.
         col: First stored column.
-        transposed: Whether it is stored as ``(in_dim, out_dim)``.
+        transposed: True if it is stored as ``(in_dim, out_dim)``.
         row_scale: Factor per canonical row in ``rows`` that an exporter folded in (batch norm).
         expert: Index among a parameter's stacked matrices.
         shift: Number that an exporter added to each value.

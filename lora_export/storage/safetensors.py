@@ -62,11 +62,11 @@ class StoredTensor:
     """One tensor of a file.
 
     Attributes:
-        name: Its name.
+        name: Name of the tensor.
         file: The file.
         code: The format's word for the dtype, such as ``BF16``.
-        shape: Its shape.
-        offset: Where it starts, in bytes from the start of the file.
+        shape: Shape of the tensor.
+        offset: Its start, in bytes from the start of the file.
         length: Its size in bytes.
     """
 
@@ -79,7 +79,7 @@ class StoredTensor:
 
     @property
     def end(self) -> int:
-        """Where it ends, in bytes from the start of the file."""
+        """Its end, in bytes from the start of the file."""
         return self.offset + self.length
 
     @property

@@ -47,8 +47,8 @@ def open_archive(file: IO[bytes]) -> zipfile.ZipFile:
     """Open a zip archive that has no more than `MAX_ENTRIES` entries.
 
     Raises:
-        OSError: It can't be read.
-        zipfile.BadZipFile: It is damaged; a `CrowdedError` if it has more entries.
+        OSError: The file can't be read.
+        zipfile.BadZipFile: The archive is damaged; a `CrowdedError` if it has more entries.
     """
     if _has_many(file):
         raise CrowdedError(f"it has more than {MAX_ENTRIES} entries, the limit for an archive")
@@ -59,8 +59,9 @@ def archive_entries(file: IO[bytes]) -> tuple[zipfile.ZipInfo, ...]:
     """Return the entries of a zip archive.
 
     Raises:
-        OSError: It can't be read.
-        zipfile.BadZipFile: It is damaged; a `CrowdedError` if it has more than `MAX_ENTRIES` entries.
+        OSError: The file can't be read.
+        zipfile.BadZipFile: The archive is damaged; a `CrowdedError` if it has more than `MAX_ENTRIES`
+            entries.
     """
     with open_archive(file) as archive:
         return tuple(archive.infolist())

@@ -71,10 +71,10 @@ def computed(graph: onnx.GraphProto, version: int, budget: Budget | None = None)
     Args:
         graph: Graph with its nodes and constants.
         version: Opset.
-        budget: What is left for the file that the graph is from; None if this is all of it.
+        budget: Work that is left for the file that the graph is from; None if the graph is all of it.
 
     Raises:
-        UncomputedError: It can't be computed, or takes too much work.
+        UncomputedError: The output can't be computed, or takes too much work.
     """
     from onnx import helper
     from onnx.reference import ReferenceEvaluator

@@ -70,7 +70,7 @@ def parse_json(
         max_bytes: Size of the largest document that is read.
 
     Raises:
-        DocumentError: It breaks a rule of this module.
+        DocumentError: The document breaks a rule of this module.
     """
     if len(text) > max_bytes:
         raise DocumentError([f"it has {len(text)} bytes, but at most {max_bytes} are read"])
@@ -124,7 +124,7 @@ def read_json(
         path: The file.
         error: Class of the error to raise.
         hint: How to fix a damaged file.
-        given: What the user named, if the file was only looked for beside or in it: a link out of that
+        given: Path that the user named, if the file was only looked for beside or in it: a link out of that
             folder is refused (`refuse_link`). None where the file itself was named, or is ours.
         finite: See `parse_json`.
         surrogates: See `parse_json`.
@@ -158,7 +158,7 @@ def json_of(
         surrogates: See `parse_json`.
 
     Raises:
-        LoraExportError: It breaks a rule of this module (of the class ``error``).
+        LoraExportError: The document breaks a rule of this module (of the class ``error``).
     """
     try:
         return parse_json(text, finite=finite, surrogates=surrogates)
@@ -202,7 +202,7 @@ def open_regular(path: Path) -> BufferedReader:
     """Open a regular file to read; opening a pipe, for example, could wait for ever.
 
     Raises:
-        OSError: It can't be opened, or is not a regular file.
+        OSError: The file can't be opened, or is not a regular one.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:

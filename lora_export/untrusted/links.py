@@ -2,7 +2,7 @@
 
 A link to a private file would be copied as that file, or merged into, and published with the output; of a
 config, values would be named in messages. A file that the user named may be a link. Hugging Face's cache is
-made of links: ``models--x/snapshots/COMMIT/config.json`` leads to ``models--x/blobs/HASH``.
+full of links: ``models--x/snapshots/COMMIT/config.json`` leads to ``models--x/blobs/HASH``.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def listed_texts(text: str | None, brackets: str = "[") -> list[str]:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a file's name can be written into a text; Python keeps odd bytes of it as lone surrogates."""
+    """Return whether a file's name can be written into a text: Python keeps odd bytes as lone surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:

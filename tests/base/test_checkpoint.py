@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build
 
-from lora_export.base.capture.capture import load_model
+from lora_export.base.capture.loading import load_model
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.names import Names
 from lora_export.base.ties.ties import tied_head

@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from lora_export.base.capture.capture import load_model
+from lora_export.base.capture.loading import load_model
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.meta_model import quiet_config
 from lora_export.cli import _run

@@ -7,8 +7,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lora_export.bench.sizes import choose_sizes
-from lora_export.bench.workloads import Workload, has_cache, make_feeds, plan_workloads, shape_problems
+from lora_export.bench.workloads import (
+    Workload,
+    choose_sizes,
+    has_cache,
+    make_feeds,
+    plan_workloads,
+    shape_problems,
+)
 from lora_export.runtimes.model_file import BenchModel, Input, label_models
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 
-from lora_export.engines.dims import Range, role_of, total_of
+from lora_export.engines.dims import Range, total_of
 from lora_export.engines.profiles import ProfileRequest, make_profiles, parse_shapes, shape_text
 from lora_export.engines.record import Port
 from lora_export.errors import BackendError
 from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member
+from lora_export.graph.roles import role_of
 
 
 def port(name, *dims, dtype="int64"):
@@ -272,7 +273,7 @@ def test_requests_are_read():
     ],
 )
 def test_dimensions_are_known_by_what_exporters_call_them(name, dims, axis, role):
-    assert role_of(port(name, *dims), axis) == role
+    assert role_of(name, dims, axis) == role
 
 
 def test_a_total_adds_up():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import onnxruntime as ort
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 import transformers
 from changed_graphs import EXPORTERS, MODES, TOOLS
 from onnx import helper
@@ -74,6 +76,66 @@ class OnSines(Base):
         return self.out(torch.relu(self.proj(x))) * self.out(torch.relu(self.proj(sines[None])))
 
 
+class Scored(Base):
+    """An answer that further layers have reduced: its size is nobody's."""
+
+    def score(self, x):
+        return (torch.tanh(self.proj(x)) @ self.table.T)[..., :5]
+
+    def forward(self, x):
+        anchor = self.score(self.table[None]).softmax(-1).mean(1, keepdim=True)
+        return self.out(x) * (self.score(x) - anchor).sum(-1, keepdim=True)
+
+
+class FewGates(Base):
+    """An answer of three values is no mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(D, 3)
+
+    def forward(self, x):
+        gates = torch.sigmoid(self.proj(self.table[None, :1]))
+        return self.out(x) + (torch.tanh(self.proj(x)) * gates).sum(-1, keepdim=True)
+
+
+class Chosen(Base):
+    """Rows of something adapted, and what a layer makes of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Embedding(ROWS, D)
+
+    def forward(self, x):
+        ids = x[..., 0].abs().long() % ROWS
+        at = torch.tanh(self.proj(torch.arange(x.shape[1]) % ROWS))
+        null = torch.tanh(self.proj(torch.tensor([[0]])))
+        return self.out(self.proj(ids)) - self.out(null) + at
+
+
+class Scalars(Base):
+    """Numbers of the code, and of the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale, self.gate = nn.Parameter(torch.tensor(2.6592)), nn.Parameter(torch.randn(2))
+
+    def forward(self, x):
+        y = self.out(self.proj(x) / math.sqrt(D) * self.logit_scale.exp())
+        return y * torch.sigmoid(self.gate)[0] + F.gelu(y, approximate="tanh") * 0.044715 / math.sqrt(
+            math.log(3)
+        )
+
+
+class Steps(Base):
+    """Frequencies and grids."""
+
+    def forward(self, x):
+        frequencies = torch.exp(-math.log(10000) * torch.arange(D) / D)
+        grid = (torch.arange(x.shape[1]) + 0.5) / x.shape[1]
+        return self.out(torch.sin(self.proj(x) * frequencies)) + grid[:, None]
+
+
 class Positions(Base):
     """Rows of a table, picked and split into heads."""
 
@@ -84,7 +146,7 @@ class Positions(Base):
     def forward(self, x):
         at = self.positions(torch.arange(x.shape[1])).view(-1, 4, D // 4).transpose(0, 1)
         y = self.proj(x + self.positions(torch.arange(x.shape[1]) + 2))
-        return self.out(y) * at.sum(0).sum(-1)[None, :, None]
+        return self.out(y) * at[0, :, 1][None, :, None]
 
 
 class Rotary(Base):
@@ -129,8 +191,8 @@ class Alibi(Base):
         return self.out((scores @ q).transpose(1, 2).reshape(x.shape))
 
 
-ANSWERS = (OnTable, OnNorm, OnHeads, OnSines)
-OTHERS = (Positions, Rotary, RelativeBias, Latents, Alibi)
+ANSWERS = (OnTable, OnNorm, OnHeads, OnSines, Scored, FewGates, Chosen)
+OTHERS = (Positions, Rotary, RelativeBias, Latents, Alibi, Scalars, Steps)
 FOLDING = ("onnxsim", "onnxslim", "ort-basic")
 
 

@@ -1,6 +1,7 @@
 """A module that is called twice may have its weight in a graph twice: merged in both places, or refused."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +108,28 @@ class Numbered(nn.Module):
         return self.out(torch.tanh(self.proj(x)) + self.proj_1(x))
 
 
+class Beside(nn.Module):
+    """A module called twice, beside one whose name is that of a second call."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.proj, self.proj_1 = nn.Linear(16, 16, bias=bias), nn.Linear(16, 16, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj_1(torch.tanh(self.proj(torch.tanh(self.proj(x)))))
+
+
+class Between(nn.Module):
+    """The same for a block's path, and three calls around the other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.mix_1 = Beside(bias=False), Numbered()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix_1(self.mix(self.mix(x)))
+
+
 def nbits(keep: int) -> Callable[[Path, Path], None]:
     """Return what quantises each MatMul but the first ``keep``."""
 
@@ -208,6 +231,25 @@ def test_a_shared_layer_that_attention_fusion_packs_again(layers, tmp_path):
             tmp_path / "out.onnx",
             checkpoint=tmp_path / "base",
         )
+
+
+@pytest.mark.parametrize("tool", ["none", "onnxslim", "ort-extended"])
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+@pytest.mark.parametrize("kind", [Beside, lambda: Beside(bias=False), Between])
+def test_a_call_with_another_modules_name_is_changed_or_refused(kind, exporter, tool, tmp_path):
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(ROWS)
+    for target in ("proj", "proj_1"):
+        folder = tmp_path / target
+        folder.mkdir()
+        wanted = saved(model, x, folder, (target,))
+        EXPORTERS[exporter](model, x, folder / "raw.onnx")
+        TOOLS[tool](folder / "raw.onnx", folder / "graph.onnx")
+        for mode, checkpoint in itertools.product(MODES, (folder / "base", False)):
+            paths = (folder / name for name in ("graph.onnx", "adapter"))
+            out = folder / "out.onnx"
+            got = changed_graphs.outcome(mode, *paths, x.numpy(), out, checkpoint=checkpoint)
+            assert isinstance(got, SiteError) or changed_graphs.error(got, wanted) < 1e-5, (target, mode)
 
 
 class Hidden(nn.Module):

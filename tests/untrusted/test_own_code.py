@@ -16,7 +16,7 @@ from exposed_models import group
 from planted import AUTO_MAP, plant
 from safetensors.torch import load_file
 
-from lora_export.base.capture.capture import load_model
+from lora_export.base.capture.loading import load_model
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.meta_model import build_model
 from lora_export.base.checkpoint.own_code import code_notes, never_asked, why_not_built

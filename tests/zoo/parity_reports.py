@@ -283,3 +283,11 @@ def hostile(texts: tuple[str, ...] = HOSTILE) -> ParityReport:
         environment={text: text for text in texts},
         seconds=0.5,
     )
+
+
+REPORTS = {"good": good, "failed": failed, "hostile": hostile}
+
+
+def words(text):
+    """A text with all white space as one blank: how lines are broken does not matter."""
+    return " ".join(text.split())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,19 +22,15 @@ from lora_export.base.capture.export import (
     tensor_names,
     trace_module,
 )
-from lora_export.base.capture.without_weights import Traced, graph_without_weights
-from lora_export.base.checkpoint.checkpoint import (
-    Checkpoint,
-    diffusers_class,
-    model_files,
-    no_folder,
-    read_config,
+from lora_export.base.capture.loading import (
+    EXPORT_YOURSELF,
+    Loading,
+    attention_of,
+    load_model,
+    look_at,
+    refuse_lost,
 )
-from lora_export.base.checkpoint.layer_counts import refuse_many_layers
-from lora_export.base.checkpoint.own_code import model_class, never_asked, refuse_own_code
-from lora_export.base.checkpoint.quantised import refuse_bare_codes
-from lora_export.base.checkpoint.weight_files import refuse_chosen_elsewhere
-from lora_export.base.checkpoint.widths import refuse_wide
+from lora_export.base.capture.without_weights import Traced, graph_without_weights
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
 from lora_export.errors import CheckpointError, OutputError
@@ -53,8 +48,6 @@ from lora_export.graph.data_identity import mark_data
 from lora_export.graph.onnx_file import save_graph
 from lora_export.progress import tell_stage
 from lora_export.storage.hashes import hash_written
-from lora_export.storage.inputs import note_inputs
-from lora_export.untrusted.links import refuse_links
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -66,9 +59,6 @@ TRACES: tuple[Trace, ...] = ("loaded", "outline")
 _BFLOAT16_OPSET = 22
 # Smaller constants stay in the protobuf.
 _INLINE_BYTES = 256
-_EXPORT_YOURSELF = (
-    "export the model yourself and go on with that .onnx (lora_export.export_onnx does it, an adapter merged)"
-)
 
 
 def capture_checkpoint(
@@ -113,20 +103,9 @@ def capture_checkpoint(
     opset = _BFLOAT16_OPSET if dtype == "bfloat16" else None
     weights: Weights | None = None
     if trace == "outline":
-        graph, captured, weights = _in_outline(path, _look_at(path), dtype, kv_cache=kv_cache, opset=opset)
+        graph, captured, weights = _in_outline(path, look_at(path), dtype, kv_cache=kv_cache, opset=opset)
     else:
-        model, _ = load_model(path, dtype, replaced)
-        traced, captured = _prepare(model, path, dtype, kv_cache)
-        graph = finish(
-            trace_module(
-                model,
-                traced.inputs,
-                traced.shapes,
-                traced.output_names,
-                input_names=traced.input_names,
-                opset=opset,
-            )
-        )
+        graph, captured = _loaded(path, dtype, replaced, kv_cache=kv_cache, opset=opset)
     if kv_cache:
         name_total(graph)
     graph.metadata_props.update(captured.to_metadata())
@@ -134,12 +113,29 @@ def capture_checkpoint(
         graph.metadata_props[CAPTURED_KEY] = before
     _save(graph, output)
     if weights is not None:
-        _refuse_lost(weights.lost, path, dtype)
+        refuse_lost(weights.lost, path, dtype)
     return output
 
 
+def _loaded(
+    path: Path, dtype: str, replaced: Collection[str], kv_cache: bool, opset: int | None
+) -> tuple[ir.Model, Captured]:
+    """Return the graph of a checkpoint's model with its weights in memory, and what it was captured from."""
+    model, _ = load_model(path, dtype, replaced)
+    traced, captured = _prepare(model, path, dtype, kv_cache)
+    graph = trace_module(
+        model,
+        traced.inputs,
+        traced.shapes,
+        traced.output_names,
+        input_names=traced.input_names,
+        opset=opset,
+    )
+    return finish(graph), captured
+
+
 def _in_outline(
-    path: Path, loading: _Loading, dtype: str, kv_cache: bool, opset: int | None
+    path: Path, loading: Loading, dtype: str, kv_cache: bool, opset: int | None
 ) -> tuple[ir.Model, Captured, Weights]:
     """Return a checkpoint's graph, what it was captured from, and the weights, read when it is saved.
 
@@ -161,7 +157,7 @@ def _in_outline(
             loading.kind,
             loading.config,
             dtype=getattr(torch, dtype),
-            attention=_attention(loading.config),
+            attention=attention_of(loading.config),
             prepare=prepare,
             opset=opset,
         )
@@ -237,160 +233,6 @@ def _save(graph: ir.Model, output: Path) -> Path:
     return output
 
 
-def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[Any, tuple[str, ...]]:
-    """Return a checkpoint's model as transformers loads it, in eval mode, and the parameters that it made up.
-
-    Args:
-        path: Folder that ``save_pretrained`` wrote.
-        dtype: Dtype of the weights, one of `DTYPES`, or ``float64``.
-        replaced: Parameters that are replaced afterwards; the checkpoint may lack them.
-
-    Returns:
-        The model, and the names of parameters that the checkpoint lacks: their values are random.
-
-    Raises:
-        CheckpointError: The folder can't be loaded without running code of its own, can't be loaded or lacks
-            weights, or weights don't fit into the dtype.
-    """
-    import torch
-
-    loading = _look_at(path)
-    with quiet(), never_asked():
-        try:
-            model, lacks = loading.kind.from_pretrained(
-                path,
-                dtype=getattr(torch, dtype),
-                local_files_only=True,
-                trust_remote_code=False,
-                attn_implementation=_attention(loading.config),
-                output_loading_info=True,
-            )
-        except Exception as error:  # transformers, safetensors and torch raise many kinds
-            raise _cant_load(path, error) from error
-    _refuse_missing(lacks["missing_keys"], path, replaced)
-    _refuse_infinite(model, path, dtype)
-    return model.eval(), tuple(sorted(lacks["missing_keys"]))
-
-
-@dataclass(frozen=True)
-class _Loading:
-    """Class and config that transformers loads a folder with.
-
-    Attributes:
-        kind: The model's class.
-        config: Its config.
-    """
-
-    kind: Any
-    config: Any
-
-
-def _look_at(path: Path) -> _Loading:
-    """Return the class and the config of a folder's model, before anything is loaded.
-
-    Raises:
-        CheckpointError: The folder can't be loaded, or not without running code of its own.
-    """
-    import transformers
-
-    if not path.is_dir():  # else transformers would ask a hub for a model of that name
-        raise no_folder(path)
-    note_inputs(model_files(path))
-    if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
-        raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
-    _refuse_diffusers(path)
-    refuse_links(
-        path,
-        [found for kind in ("json", "safetensors", "bin") for found in path.glob(f"*.{kind}")],
-        CheckpointError,
-    )
-    written = read_config(path)
-    refuse_own_code(path, written)
-    refuse_chosen_elsewhere(path, written)
-    refuse_many_layers(path, written)
-    _refuse_adapter_beside(path)
-    refuse_bare_codes(path)
-    with quiet(), never_asked():
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
-            kind = _model_class(config, path)
-            refuse_wide(path, kind, config)
-        except CheckpointError:
-            raise
-        except Exception as error:  # transformers raises many kinds
-            raise _cant_load(path, error) from error
-    return _Loading(kind, config)
-
-
-def _cant_load(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"transformers can't load {path}: {first_line(error)}",
-        f"give the folder that save_pretrained wrote, or {_EXPORT_YOURSELF}",
-    )
-
-
-def _refuse_diffusers(path: Path) -> None:
-    """Refuse a pipeline of diffusers, or one of its models, with a message that says so."""
-    if (path / "model_index.json").exists():
-        Checkpoint.open(path)  # raises for a pipeline
-    if kind := diffusers_class(path):
-        raise CheckpointError(
-            f"{path} holds a model of diffusers ({kind}): only models of transformers are captured",
-            f"{_EXPORT_YOURSELF}, or merge the adapter into the folder (lora-export merge)",
-        )
-
-
-def _refuse_adapter_beside(path: Path) -> None:
-    """Refuse an adapter in the model's folder, because transformers applies it if PEFT is installed."""
-    if (path / "config.json").exists() and (path / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{path} holds an adapter beside the model (adapter_config.json): transformers would apply it "
-            "if PEFT is installed",
-            "move adapter_config.json and the adapter's weights to a folder of their own, and give that as "
-            "the adapter",
-        )
-
-
-def _refuse_missing(keys: Collection[str], path: Path, replaced: Collection[str]) -> None:
-    """Refuse a checkpoint that lacks some of the model's weights, which transformers has made up."""
-    given = [f".{name}" for name in replaced]
-    missing = sorted(
-        key for key in keys if not any(f".{key}".endswith(name) or name.endswith(f".{key}") for name in given)
-    )
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {len(missing)} of the model's weights",
-            "give all of its files, or the class that it was saved from as 'architectures' in config.json",
-            missing,
-        )
-
-
-def _refuse_infinite(model: Any, path: Path, dtype: str) -> None:
-    """Refuse weights too large for the dtype, which transformers has made infinite without a warning."""
-    if dtype in ("float32", "float64"):
-        return
-    found = {name: values for name, values in model.named_parameters() if not values.isfinite().all()}
-    # A conversion makes numbers infinite, never NaN.
-    _refuse_lost({name: bool(values.isnan().any()) for name, values in found.items()}, path, dtype)
-
-
-def _refuse_lost(lost: Mapping[str, bool], path: Path, dtype: str) -> None:
-    """Refuse weights that are not finite; ``lost``: name → whether some are NaN."""
-    if not lost:
-        return
-    spoilt = [name for name, is_nan in lost.items() if is_nan]
-    if spoilt:
-        raise CheckpointError(
-            f"{len(spoilt)} weights of {path} are NaN in every dtype", "save the checkpoint again", spoilt
-        )
-    larger = "bfloat16 or float32" if dtype == "float16" else "float32"
-    raise CheckpointError(
-        f"{len(lost)} weights of {path} are not finite in {dtype}", f"give --dtype {larger}", list(lost)
-    )
-
-
 def _describe(model: Any, outputs: Mapping[str, Any], dtype: str, kv_cache: bool) -> Captured:
     config = model.config.get_text_config()
     kind: Kind = "encoder"
@@ -431,20 +273,6 @@ def longest_of(model: Any, config: Any) -> int | None:
     return limit
 
 
-def _model_class(config: Any, path: Path) -> Any:
-    import transformers
-
-    names = config.architectures or []
-    for name in names:
-        if kind := model_class(name):
-            return kind
-    raise CheckpointError(
-        f"{path}/config.json names no architecture that transformers {transformers.__version__} has "
-        f"(architectures: {names})",
-        "set 'architectures' to the model's class, or export the model yourself and go on with that .onnx",
-    )
-
-
 def _batch_experts(model: Any) -> None:
     """Make a mixture of experts multiply with each token's own experts, for which ONNX has operators.
 
@@ -454,11 +282,6 @@ def _batch_experts(model: Any) -> None:
     if hasattr(model, "set_experts_implementation"):
         with quiet():
             model.set_experts_implementation("batched_mm")
-
-
-def _attention(config: Any) -> str | None:
-    # T5's scaled-dot-product path fails in torch.export ("Cannot view a tensor").
-    return "eager" if getattr(config, "is_encoder_decoder", False) else None
 
 
 def example_inputs(model: Any, path: Path) -> dict[str, Any]:
@@ -479,14 +302,14 @@ def example_inputs(model: Any, path: Path) -> dict[str, Any]:
         size = getattr(config, "image_size", None)
         if size is None:
             raise CheckpointError(
-                f"{path}/config.json has no image_size, which the graph needs", _EXPORT_YOURSELF
+                f"{path}/config.json has no image_size, which the graph needs", EXPORT_YOURSELF
             )
         size = size if isinstance(size, int) else max(size)
         return {"pixel_values": torch.zeros(2, config.num_channels, size, size, dtype=model.dtype)}
     if model.main_input_name != "input_ids":
         raise CheckpointError(
             f"{path}: no example inputs are known for a model that reads {model.main_input_name!r}",
-            _EXPORT_YOURSELF,
+            EXPORT_YOURSELF,
         )
     inputs = {"input_ids": torch.ones(2, 7, dtype=torch.int64)}
     for name in ("attention_mask", "token_type_ids"):

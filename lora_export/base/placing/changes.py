@@ -10,7 +10,19 @@ import numpy as np
 from lora_export.base.checkpoint.quantised import Quantised
 from lora_export.base.ties.copies import Copied
 from lora_export.base.ties.tied_changes import MakePatch
-from lora_export.plan import Plan
+from lora_export.plan import Plan, Refusal
+
+
+class NoPlace(Exception):
+    """Exception for a parameter without a site; it is caught in `places` and written into the plan.
+
+    Attributes:
+        refusal: Reason, with a hint on the base if one helps.
+    """
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.detail)
+        self.refusal = refusal
 
 
 @dataclass(frozen=True)

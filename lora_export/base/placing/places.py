@@ -16,54 +16,38 @@ A stored weight can have one of these layouts, compared with the module's canoni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule, TokenRows
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.families import is_conv1d
-from lora_export.base.checkpoint.heads import head_classes
-from lora_export.base.checkpoint.names import Names, Part
+from lora_export.base.checkpoint.names import Part
 from lora_export.base.checkpoint.quantised import Quantised, quantised_notes
-from lora_export.base.checkpoint.vocabulary import grows, head_hint, is_head, resize_hint, rows_hint
+from lora_export.base.checkpoint.vocabulary import grows, resize_hint, rows_hint
 from lora_export.base.history.history import MANIFEST
-from lora_export.base.placing.changes import Added, Placed, view_of
+from lora_export.base.placing.changes import Added, NoPlace, Placed, view_of
+from lora_export.base.placing.fit import Fitted, fit_own_matrix, fit_weight
 from lora_export.base.placing.ledger import Ledger
+from lora_export.base.placing.lookup import Lookup
 from lora_export.base.placing.settle import settle
 from lora_export.base.ties.copies import UNCHANGED, Copied, are_judged, is_same, spread_copies, untrained_note
-from lora_export.base.ties.tied_layers import may_tie_layers
-from lora_export.base.ties.ties import Ties, find_ties, may_be_tied
 from lora_export.formats.reading.scope import SHARED
 from lora_export.formats.reading.whole_copies import Reach, reach_of
 from lora_export.formats.schemes import fitted
 from lora_export.plan import Plan, PlanRow, Refusal, unaccounted
-from lora_export.sites.experts import fit_matrix, fit_parameter, is_turned, unsettled
 from lora_export.sites.experts import settle as settle_layout
 from lora_export.sites.kinds import settle_kinds, unsettled_kind
 from lora_export.sites.naming.names import Named
-from lora_export.sites.naming.renaming import NOT_FOUND, Problem, Renaming
 from lora_export.storage.patch import Patch, Placement, patch_from, replacement
 
 _BIAS_IN_GRAPH = (
     "merge it into a graph (lora-export merge-onnx), where the product gets a bias, or keep it beside the "
     "weights (swap-onnx)"
 )
-
-
-class NoPlace(Exception):
-    """Exception for a parameter without a site; it is caught here and written into the plan.
-
-    Attributes:
-        refusal: Reason, with a hint on the base if one helps.
-    """
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.detail)
-        self.refusal = refusal
 
 
 @dataclass(frozen=True)
@@ -119,7 +103,7 @@ def place_adapters(
             path = f"{module.path}.{module.parameter}"
             act = partial(placer.merged, module, adapter, weight)
             placer.place(adapter, path, tensors=module.weight_tensors, action="merge", act=act)
-            if _biased(module):
+            if module.lora_bias is not None:
                 act = partial(placer.bias_added, module, adapter, weight)
                 bias = f"{module.path}.bias"
                 placer.place(adapter, bias, tensors=module.bias_tensors, action="add to bias", act=act)
@@ -127,22 +111,6 @@ def place_adapters(
         unruled = Refusal("operator", "no rule for it")
         placer.rows.extend(PlanRow.refused(adapter.name, name, (name,), unruled) for name in lost)
     return placer.finish(notes)
-
-
-def named_of(adapter: Adapter) -> list[Named]:
-    """Return all parameters that an adapter changes, by its own paths."""
-    named = [Named(path, "replace", shape=values.shape) for path, values in adapter.extras.items()]
-    named += [Named(path, "replace rows") for path in adapter.token_rows]
-    for module in adapter.modules.values():
-        parameter = f"{module.path}.{module.parameter}"
-        named.append(Named(parameter, "merge", module.component, module.told_shape))
-        if _biased(module):
-            named.append(Named(f"{module.path}.bias", "add to bias", module.component))
-    return named
-
-
-def _biased(module: LoraModule) -> bool:
-    return module.lora_bias is not None
 
 
 class _Placer:
@@ -155,52 +123,32 @@ class _Placer:
         self._copied: list[Copied] = []
         self._warnings: list[str] = []
         self._owner, self._weight = -1, 1.0
-        self._names = Names(checkpoint)
         self._quantised, self._resize = quantised, resize
         self._ledger = Ledger(checkpoint=checkpoint)
+        self._lookup = Lookup(checkpoint, quantised, self._ledger)
         self._stacked: set[str] = set()
-        self._absent: list[str] = []
         self._hints: list[str] = []
         self._notes: list[str] = []
-        self._renaming = Renaming(names=())
-        self._numbers: dict[Named, int] = {}
-        self._is_flattened = False
-        self._trained: Mapping[str, Any] = {}
 
     @property
     def rows(self) -> list[PlanRow]:
         """Rows of the plan so far."""
         return self._ledger.rows
 
-    @cached_property
-    def _ties(self) -> Ties:
-        return find_ties(self._checkpoint)
-
-    @cached_property
-    def _layers_may_be_tied(self) -> bool:
-        return may_tie_layers(self._checkpoint.config)
-
-    def _may_be_tied(self, name: str) -> bool:
-        return may_be_tied(name) or self._layers_may_be_tied
-
     def begin(self, adapter: Adapter, weight: float, shared: bool) -> None:
         """Find the base's names for one adapter's parameters: one change of names holds for all."""
         self._ledger.begin(adapter)
         self._owner, self._weight = self._owner + 1, weight
-        self._is_flattened, self._trained = adapter.flattened, adapter.config
-        named = named_of(adapter)
-        self._renaming = self._names.rename(named, adapter.flattened, adapter.scope)
-        self._numbers = {one: number for number, one in enumerate(named)}
-        if self._renaming.note:
-            self._notes.append(f"adapter '{adapter.name}': paths matched with {self._renaming.note}")
-        if self._renaming.hint:
-            hint = self._renaming.hint
+        renaming = self._lookup.begin(adapter)
+        if renaming.note:
+            self._notes.append(f"adapter '{adapter.name}': paths matched with {renaming.note}")
+        if hint := renaming.hint:
             self._hints += [f"for '{adapter.name}': {hint}", SHARED] if shared else [hint]
 
     def settled(self, adapter: Adapter) -> Adapter:
         """Return the adapter with the layout of this base's experts, and the kinds of its modules."""
-        adapter, notes = settle_layout(adapter, self._names.held)
-        adapter, kinds = settle_kinds(adapter, self._names.held, self._names.stored)
+        adapter, notes = settle_layout(adapter, self._lookup.held)
+        adapter, kinds = settle_kinds(adapter, self._lookup.held, self._lookup.stored)
         self._notes += [*notes, *kinds]
         return adapter
 
@@ -238,7 +186,7 @@ class _Placer:
     def finish(self, notes: Sequence[str]) -> Placed:
         """Settle tied and resized weights, and return the plan with its changes."""
         ledger = self._ledger
-        settled = settle(ledger, self._may_be_tied, lambda: self._ties, self._quantised)
+        settled = settle(ledger, self._lookup.may_be_tied, lambda: self._lookup.ties, self._quantised)
         changes = {name: [c.make for c in changes] for name, changes in ledger.changes.items() if changes}
         notes = [*notes, *self._notes, *settled.notes, *quantised_notes(self._quantised, changes)]
         return Placed(
@@ -248,7 +196,7 @@ class _Placer:
             stacked=self._stacked,
             added=[Added(name, source) for name, source in settled.parted],
             untied=settled.untied,
-            absent=self._absent,
+            absent=self._lookup.absent,
             resized=ledger.resized,
             vocabulary=settled.vocabulary,
             hints=tuple(dict.fromkeys([*self._hints, *ledger.hints])),
@@ -259,7 +207,7 @@ class _Placer:
 
     def replaced(self, path: str, values: Array, adapter: Adapter) -> _Settled:
         """Replace a parameter by whole values."""
-        name, reason = self._single(Named(path, "replace"), values.shape)
+        name, reason = self._lookup.single(Named(path, "replace"), values.shape)
         tensor = self._ledger.tensor(name)
         if tensor.shape != values.shape:
             may_grow = self._resize and name not in self._quantised.scaled
@@ -298,7 +246,7 @@ class _Placer:
 
     def rows_replaced(self, path: str, rows: TokenRows, adapter: Adapter) -> _Settled:
         """Replace single rows of an embedding, and of weights that are tied to it."""
-        name, reason = self._single(Named(path, "replace rows"))
+        name, reason = self._lookup.single(Named(path, "replace rows"))
         shape = self._ledger.tensor(name).shape
         if shape[1:] != rows.values.shape[1:]:
             raise NoPlace(
@@ -339,7 +287,7 @@ class _Placer:
         assert module.lora_bias is not None
         path, bias = f"{module.path}.bias", module.lora_bias
         try:
-            name, reason = self._single(Named(path, "add to bias", module.component))
+            name, reason = self._lookup.single(Named(path, "add to bias", module.component))
         except NoPlace as problem:
             if problem.refusal.kind != "not found":
                 raise
@@ -377,7 +325,7 @@ class _Placer:
                     f"a convolution of {module.groups} groups can't be merged (PEFT refuses it, too)",
                 )
             )
-        parts = self._parts(Named(f"{module.path}.{module.parameter}", "merge", module.component))
+        parts = self._lookup.parts(Named(f"{module.path}.{module.parameter}", "merge", module.component))
         rows, _ = module.matrix_shape
         experts = {part.expert for part in parts}
         if None not in experts and len(experts) != module.experts:
@@ -408,127 +356,29 @@ class _Placer:
             )
         return _Settled([part.tensor for part in parts], layouts[0], parts[0].reason)
 
-    def _fit(
-        self, module: LoraModule, adapter: Adapter, part: Part, span: tuple[int, int]
-    ) -> tuple[list[Placement], str]:
+    def _fit(self, module: LoraModule, adapter: Adapter, part: Part, span: tuple[int, int]) -> Fitted:
         """Return the placements of canonical rows ``span`` in a stored tensor; raise NoPlace if none fits."""
-        if module.kind == "parameter":
-            return self._fit_parameter(module, part, span)
-        if refusal := unsettled_kind(module, self._names.held):
+        if refusal := unsettled_kind(module, self._lookup.held):
             raise NoPlace(refusal)
         tensor = self._ledger.tensor(part.tensor)
-        wanted = (span[1] - span[0], module.matrix_shape[1])
-        shape = tensor.shape
-        # kohya and diffusers write a 1×1 convolution's factors as a Linear's, or the reverse.
-        plain = len(shape) >= 2 and all(size == 1 for size in (*shape[2:], *module.weight_shape[2:]))
-        same = shape == module.weight_shape or (plain and shape[:2] == wanted)
-        turned = module.kind == "linear" and shape == wanted[::-1]
-        if not same and not turned:
-            parameter = f"{module.path}.{module.parameter}"
-            as_name = "" if tensor.name.endswith(parameter) else f" ({tensor.name})"
-            raise NoPlace(
-                Refusal(
-                    "shape",
-                    f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}",
-                    self._rows_hint(parameter, shape, module.weight_shape),
-                )
+        if module.kind != "parameter":
+            return fit_weight(
+                module,
+                part,
+                span,
+                tensor,
+                config=self._checkpoint.config,
+                fan_in_fan_out=adapter.fan_in_fan_out,
+                may_resize=self._resize is False,
             )
-        config, flag = self._checkpoint.config, adapter.fan_in_fan_out
-        transposed = turned and (not same or is_conv1d(config, tensor.name.rpartition(".")[0], flag))
-        if part.transposed:
-            raise NoPlace(
-                Refusal("operator", f"{tensor.name} holds the transpose of it, by transformers' conversion")
-            )
-        return [Placement(rows=span, row=0, col=0, transposed=transposed)], "transposed" if transposed else ""
-
-    def _fit_parameter(
-        self, module: LoraModule, part: Part, span: tuple[int, int]
-    ) -> tuple[list[Placement], str]:
-        """Return the placements of a module's own parameter, or of some experts of one, in a stored tensor.
-
-        PEFT adds to such a parameter as the module holds it. It is stored in the same way, unless
-        transformers transposes it when it loads it.
-        """
-        held = self._names.held(f"{module.path}.{module.parameter}")
-        if refusal := unsettled(module, held):
-            raise NoPlace(refusal)
-        tensor, experts = self._ledger.tensor(part.tensor), module.experts
-        if part.expert is not None:
-            placed = fit_matrix((span[1] - span[0], module.weight_shape[1]), tensor.shape, part.transposed)
-        else:
-            turned = part.transposed or (held is not None and is_turned(tensor.shape, held.shape))
-            placed = fit_parameter(module, tensor.shape, turned)
-        if isinstance(placed, Refusal):
-            raise NoPlace(placed)
-        layout = "transposed" if placed else ""
-        if part.expert is not None or experts == 1:
-            return [Placement(rows=span, row=0, col=0, transposed=placed, expert=part.expert or 0)], layout
-        self._stacked.add(tensor.name)
-        height = tensor.shape[1]
-        placements = [
-            Placement(rows=span, row=e * height, col=0, transposed=placed, expert=e) for e in range(experts)
-        ]
-        return placements, f"{experts} experts stacked" + (", transposed" if placed else "")
+        held = self._lookup.held(f"{module.path}.{module.parameter}")
+        placed = fit_own_matrix(module, part, span, tensor=tensor, held=held)
+        if part.expert is None and module.experts > 1:
+            self._stacked.add(tensor.name)
+        return placed
 
     def _rows_hint(self, path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> str:
         return rows_hint(self._checkpoint.config, path, shape, seen, may_resize=self._resize is False)
-
-    def _head_hint(self, path: str, shape: tuple[int, ...]) -> str:
-        if not is_head(path):
-            return ""
-        classes = head_classes(self._checkpoint, path, shape, self._trained)
-        return head_hint(path, shape, classes, of_graph=False)
-
-    # --- names
-
-    def _find(self, named: Named) -> tuple[Part, ...] | Problem:
-        """Return the tensors that hold an adapter's parameter, or the reason why they are unknown."""
-        number = self._numbers[named]
-        name, problem = self._renaming.names[number], self._renaming.problems.get(number)
-        return (self._names.parts(name) if name and not problem else ()) or problem or NOT_FOUND
-
-    def _parts(self, named: Named, whole: tuple[int, ...] = ()) -> tuple[Part, ...]:
-        parts = self._find(named)
-        if not isinstance(parts, Problem):
-            self._check(parts)
-            return parts
-        number = self._numbers[named]
-        parameter = self._renaming.names[number] or named.key
-        if packed := self._quantised.packed_at(parameter):
-            raise NoPlace(packed)
-        if parts.kind == "ambiguous":
-            raise NoPlace(Refusal("ambiguous", str(parts)))
-        flattened = self._is_flattened and self._renaming.names[number] is None
-        tied = self._ties.absent(parameter, flattened) if self._may_be_tied(parameter) else None
-        if tied is None:
-            self._absent.append(named.key)
-            raise NoPlace(
-                Refusal("not found", str(parts), self._head_hint(named.key, whole) if whole else "")
-            )
-        tie, name = tied
-        if name not in self._checkpoint.tensors:
-            self._ledger.sources[name] = tie.source
-        part = Part(tensor=name, reason=f"tied to {tie.source}")
-        self._check([Part(tensor=tie.source)])
-        return (part,)
-
-    def _check(self, parts: Sequence[Part]) -> None:
-        """Refuse tensors that can't be merged into."""
-        for part in parts:
-            if refusal := self._quantised.refusal(part.tensor):
-                raise NoPlace(refusal)
-
-    def _single(self, named: Named, whole: tuple[int, ...] = ()) -> tuple[str, str]:
-        parts = self._parts(named, whole)
-        (first, *more) = parts
-        if more or first.piece != (0, 1) or first.expert is not None or first.transposed:
-            raise NoPlace(
-                Refusal(
-                    "operator",
-                    f"the base stores it as {len(parts)} tensors: replacing it whole is not possible",
-                )
-            )
-        return parts[0].tensor, parts[0].reason
 
 
 def _make(module: LoraModule, placement: Placement, weight: float, dtype: type[Any]) -> Patch:

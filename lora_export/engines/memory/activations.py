@@ -118,7 +118,7 @@ class _Attention:
     Attributes:
         scores: Values from the product that makes the scores to the product that reads them.
         readers: The products that read them.
-        fused: Whether it is one kernel.
+        fused: True if it is one kernel.
     """
 
     scores: frozenset[ir.Value]

@@ -15,7 +15,7 @@ from lora_export.machines.targets import Target
 
 @dataclass(frozen=True)
 class Fit:
-    """How an engine fits on one GPU.
+    """A verdict on whether an engine fits on one GPU.
 
     Attributes:
         target: The GPU.

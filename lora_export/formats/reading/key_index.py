@@ -26,7 +26,7 @@ class KeyIndex:
     Args:
         name: Name of the keys in the config.
         keys: Regular expressions; an invalid one fits nothing.
-        whole: Whether a key has to match the whole path.
+        whole: Let a key match the whole path only.
     """
 
     def __init__(self, name: str, keys: Iterable[str], *, whole: bool = False) -> None:

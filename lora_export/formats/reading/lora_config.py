@@ -217,13 +217,13 @@ def check_switches(
 ) -> None:
     """Add a problem where tensors and switches disagree.
 
-    PEFT loads a magnitude or a bias only where its switch is on, and starts anew where it is missing.
+    PEFT loads a magnitude or a bias only where its switch is on, and makes a new one where it is missing.
 
     Args:
-        modules: Those that the config is for.
-        config: Of PEFT, or what says as much.
-        problems: Gets a line for each.
-        where: What the switches belong to, for messages.
+        modules: Modules that the config is for.
+        config: PEFT's config, or another one with these switches.
+        problems: List to add a line for each problem to.
+        where: Owner of the switches, for messages.
     """
     modules = list(modules)
     for switch, attribute, kinds in (

@@ -35,7 +35,7 @@ def read_ort_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
     """Return the file's tensors by name, and its ``adapter_version`` and ``model_version``.
 
     Raises:
-        AdapterError: It is damaged, or has a tensor that is not floating-point.
+        AdapterError: The file is damaged, or has a tensor that is not floating-point.
         BackendUnavailable: onnxruntime is not installed.
     """
     file = _onnxruntime("read").AdapterFormat

@@ -107,7 +107,7 @@ def build_module(parts: Parts, alpha: float | None, rslora: bool, problems: list
     Args:
         parts: The module's tensors; ``parts.rank`` is the config's or user's, and is compared with them.
         alpha: Numerator of the scaling; None if a problem about it has already been added.
-        rslora: Whether to divide by √rank.
+        rslora: Divide alpha by √rank instead of rank.
         problems: List to add problems to.
     """
     before = len(problems)

@@ -60,12 +60,12 @@ class _Budget:
     """The budget that is left for a reading.
 
     Attributes:
-        where: What is read.
+        where: Name of the adapter and its file, for messages.
         left_s: Seconds.
         granted_s: Seconds that came on top.
-        matches: Number of them; of long texts each is several.
+        matches: Number of matches; a long text counts as several.
         compiled: Patterns, ready to match.
-        remembered: Objects and what was made from them, by the object's id.
+        remembered: The object's id → the object, and the result that was made from it.
     """
 
     where: str
@@ -101,7 +101,7 @@ def within(where: str) -> Iterator[None]:
     """Give all matches in a ``with`` block one time limit.
 
     Args:
-        where: What brings the patterns, for messages: an adapter and its file.
+        where: Origin of the patterns, for messages: an adapter and its file.
     """
     token = _BUDGET.set(_Budget(where=where))
     try:
@@ -114,13 +114,13 @@ def match(key: str, pattern: str, text: str) -> Any:
     """Return what ``re.match`` does.
 
     Args:
-        key: Of the config, for messages.
-        pattern: A stranger's.
-        text: What to match.
+        key: The config's key, for messages.
+        pattern: Regular expression from a config that somebody else wrote.
+        text: Text to match.
 
     Raises:
         re.error: The pattern is not a regular expression.
-        AdapterError: It takes too long.
+        AdapterError: The match takes too long.
     """
     return _run("match", key, pattern, text)
 
@@ -131,7 +131,7 @@ def fullmatch(key: str, pattern: str, text: str) -> Any:
 
 
 def remembered(owner: object, make: Callable[[], T]) -> T:
-    """Return what is made of an object, once in each reading (`within`); the object may not change in it."""
+    """Return ``make()``, called once per object in each reading (`within`), in which it may not change."""
     budget = _BUDGET.get()
     if budget is None:
         return make()
@@ -225,13 +225,13 @@ def count(key: str, pattern: str, text: str, times: int) -> None:
     """Count looking patterns up as matching them.
 
     Args:
-        key: Of the config, for messages.
-        pattern: One of them.
-        text: What is looked up.
-        times: How often.
+        key: The config's key, for messages.
+        pattern: One of the patterns.
+        text: Text that is looked up.
+        times: Number of patterns.
 
     Raises:
-        AdapterError: It is too often.
+        AdapterError: The reading has made too many matches.
     """
     _count(_budget(), key, pattern=pattern, text=text, times=times)
 
@@ -274,7 +274,7 @@ def _for_regex(pattern: str) -> str:
     """Return a pattern that ``regex`` reads as ``re`` reads the given one.
 
     Raises:
-        _UnlimitedError: It breaks rule 3.
+        _UnlimitedError: The pattern breaks rule 3.
     """
     # A character by its name has braces that are no repeat.
     pattern = _NAMED.sub(_character, pattern)

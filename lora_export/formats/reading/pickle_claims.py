@@ -39,8 +39,8 @@ def claim_problems(file: IO[bytes]) -> list[str]:
         file: The file for `torch.load`; its position is reset to the beginning.
 
     Raises:
-        OSError: It can't be read.
-        Exception: It is damaged; whatever the zip's or the pickle's reader raised.
+        OSError: The file can't be read.
+        Exception: The file is damaged; whatever the zip's or the pickle's reader raised.
     """
     size = os.fstat(file.fileno()).st_size
     most = max(_SMALL_PICKLE, size // _PICKLE_SHARE)

@@ -147,7 +147,7 @@ class _Collector:
         Args:
             content: The dict.
             where: Path of the dict, with a slash at the end.
-            of_model: Whether the dict is a model's state dict, in which alpha is a parameter of the model.
+            of_model: True if the dict is a model's state dict, in which alpha is a parameter of the model.
         """
         if not self._is_new(content, "tensors", of_model):
             return

@@ -90,7 +90,7 @@ def share(one: str | None, other: str | None, flattened: bool) -> bool:
     Args:
         one: A part; None for the whole file.
         other: Another part; None for the whole file.
-        flattened: Whether the file's paths have underscores for dots.
+        flattened: True if the file's paths have underscores for dots.
     """
     if one is None or other is None:
         return True

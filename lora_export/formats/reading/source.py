@@ -58,7 +58,7 @@ class Options:
     Attributes:
         alpha: Numerator of the scaling.
         rank: Rank of one product.
-        rslora: Whether to divide by √rank.
+        rslora: Divide alpha by √rank (True) or by rank (False); None to read it from the file.
         component: The part to read of a file for several models.
     """
 
@@ -166,7 +166,7 @@ class Format:
         expects: The tensor names that it reads, for the error that lists the formats.
         recognises: Function that returns whether a source is of this format.
         read: Function that makes the adapter; it raises `AdapterError` with all problems.
-        certain: Whether `recognises` leaves no doubt (it knows who wrote the file): no other is tried then.
+        certain: True if `recognises` leaves no doubt (it knows who wrote the file): no other is tried then.
     """
 
     expects: str
@@ -320,8 +320,8 @@ def read_config(path: Path, given: Path) -> dict[str, Any]:
         given: The folder or weights file that the user named.
 
     Raises:
-        AdapterError: It is not JSON, not an object with ``peft_type`` or mlx-lm's keys, or a link out of the
-            folder.
+        AdapterError: The file is not JSON, not an object with ``peft_type`` or mlx-lm's keys, or a link out
+            of the folder.
     """
     config = read_json(path, AdapterError, "save the adapter again", given=given)
     if isinstance(config, dict):

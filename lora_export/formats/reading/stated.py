@@ -36,7 +36,7 @@ class Stated:
         alpha: Numerator; None if neither states it.
         rank: Rank of every module.
         scaling: The whole factor, if a file states that instead.
-        rslora: Whether to divide by √rank.
+        rslora: Divide alpha by √rank instead of rank.
         notes: Notes on the origin of the numbers, if it is not the user.
     """
 
@@ -69,7 +69,7 @@ def stated_of(
         problems: List to add contradictions to.
         component: Part of a file for several models.
         ranks: Ranks of the tensors; metadata with another rank belong to another file.
-        of_diffusion: Whether a diffusion tool wrote the file: ``alpha`` in its metadata is then LoRA's.
+        of_diffusion: True if a diffusion tool wrote the file: ``alpha`` in its metadata is then LoRA's.
     """
     settings = source.settings
     alpha, rank, scaling = (settings.get(key) for key in ("alpha", "rank", "scaling"))
@@ -116,8 +116,8 @@ def check_claims(source: Source, modules: Iterable[LoraModule], problems: list[s
 
     Args:
         source: The file.
-        modules: Made of its tensors.
-        problems: Gets the lines.
+        modules: Modules that were made from its tensors.
+        problems: List to add the lines to.
     """
     stated = _arguments(source)
     for module in modules:
@@ -131,7 +131,7 @@ def check_claims(source: Source, modules: Iterable[LoraModule], problems: list[s
 
 
 def _arguments(source: Source) -> dict[str, str]:
-    """Return the arguments that a trainer was given; nothing where they are no JSON object."""
+    """Return the arguments that a trainer was given; nothing where they are not a JSON object."""
     try:
         given = json_of(source.metadata.get(_ARGUMENTS, ""), _ARGUMENTS, AdapterError)
     except AdapterError:

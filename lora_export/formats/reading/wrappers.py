@@ -60,7 +60,7 @@ def strip_wrappers(path: str) -> str:
 
 
 def is_too_deep(path: str) -> bool:
-    """Whether a path, dotted or flattened, has more words than any parameter's."""
+    """Return whether a path, dotted or flattened, has more words than any parameter's."""
     return len(path) > MOST_WORDS and sum(1 for _ in _SEPARATOR.finditer(path)) >= MOST_WORDS
 
 

@@ -26,7 +26,7 @@ class KnownModules:
 
     Attributes:
         paths: Module paths.
-        is_complete: Whether ``parameters`` are all that the base has.
+        is_complete: True if ``parameters`` are all that the base has.
     """
 
     def __init__(self, parameters: Iterable[str], others: Callable[[], Iterable[str]] | None = None) -> None:

@@ -90,7 +90,7 @@ class Scheme(Protocol):
 
     @property
     def structural(self) -> bool:
-        """Whether counterparts depend on the base's structure, so that a missing one makes all doubtful."""
+        """True if counterparts depend on the base's structure, so that a missing one makes all doubtful."""
         ...
 
     def recognises(self, adapter: Adapter) -> bool:

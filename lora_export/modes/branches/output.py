@@ -21,7 +21,7 @@ from lora_export.machines.packages import package_versions
 from lora_export.modes.branches.inputs import ir_type
 from lora_export.plan import Plan
 from lora_export.storage.beside import stage_beside
-from lora_export.storage.hashes import hash_content, hash_written
+from lora_export.storage.hashes import FileHash, hash_content, hash_written
 from lora_export.storage.manifest import Manifest, adapter_entry
 from lora_export.storage.outputs import OutputSet, output_errors
 
@@ -119,20 +119,26 @@ def write_exposed(
         save_graph(base.graph.model, staged["graph"])
         own[out.name] = hash_written(staged["graph"], out.name)
         own |= {name: hash_content(name, content) for name, content in (beside or {}).items()}
-        manifest = Manifest(
-            mode=f"{report.exposed.mode}-onnx",
-            base=list(base.hashes.values()),
-            adapters=[adapter_entry(adapter, 1.0) for adapter in adapters],
-            plan=report.plan.as_dict(),
-            rounding={},
-            outputs={name: path.name for name, path in paths.items()} | {"shared_bytes": shared},
-            versions={"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
-            exposed=asdict(report.exposed),
-            files=own,
-        )
-        manifest.save(staged["manifest"])
+        _manifest(base, report, adapters, own).save(staged["manifest"])
         outputs.commit(check)
     return report
+
+
+def _manifest(
+    base: Base, report: ExposeReport, adapters: Sequence[Adapter], files: Mapping[str, FileHash]
+) -> Manifest:
+    outputs = {name: path.name for name, path in report.outputs.items()}
+    return Manifest(
+        mode=f"{report.exposed.mode}-onnx",
+        base=list(base.hashes.values()),
+        adapters=[adapter_entry(adapter, 1.0) for adapter in adapters],
+        plan=report.plan.as_dict(),
+        rounding={},
+        outputs=outputs | {"shared_bytes": report.shared_bytes},
+        versions={"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
+        exposed=asdict(report.exposed),
+        files=files,
+    )
 
 
 def refuse_lost_inputs(exposed: ExposedGraph, graph: GraphFile) -> None:

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from lora_export.adapter import Adapter, LoraModule
 from lora_export.base.placing.plan_rows import OtherValues
-from lora_export.errors import AdapterError, SiteError
-from lora_export.formats.provenance import base_problem
+from lora_export.errors import SiteError
+from lora_export.formats.provenance import refuse_other_bases
 from lora_export.formats.schemes import fitted
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.modes.branches.calls import Branch, Call
@@ -135,18 +135,3 @@ class Union:
             known = replace(known, lora=branch.lora)
         self._by_place[places] = known
         return known.path
-
-
-def refuse_other_bases(adapters: Sequence[Adapter], base_sha256: str) -> None:
-    """Raise `AdapterError` for files that were converted for a graph of another base."""
-    problems = [
-        f"{adapter.name}: {problem}"
-        for adapter in adapters
-        if (problem := base_problem(adapter.config, base_sha256))
-    ]
-    if problems:
-        raise AdapterError(
-            "adapters were converted for another base",
-            "give the adapters that they were made from",
-            problems,
-        )

@@ -20,14 +20,13 @@ from lora_export.base.history.in_graph import (
     merged_in,
     refuse_merged_into,
 )
-from lora_export.base.open_base import drop_dead
 from lora_export.base.placing.plan_rows import placed_row, refuse_misses, refuse_unaccounted, refused_row
 from lora_export.base.ties.copies import Copied, are_judged, refuse_copies, refuse_overwriting, untrained_note
 from lora_export.base.ties.tied_ends import with_tied_ends
 from lora_export.errors import SiteError
 from lora_export.formats.schemes import fitted
 from lora_export.graph.external_data import Change, merged_values
-from lora_export.graph.onnx_file import GraphFile
+from lora_export.graph.onnx_file import GraphFile, drop_dead
 from lora_export.modes.branches.place import holds, refuse_exposed
 from lora_export.plan import Plan, PlanRow, Refusal
 from lora_export.sites.bias import restore_biases

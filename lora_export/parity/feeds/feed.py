@@ -1,6 +1,6 @@
 """Describe a graph's inputs and hold values for them.
 
-An input's kind is told by its name and dtype, the meaning of its dimensions by `engines.dims`, so that parity
+An input's kind is told by its name and dtype, the meaning of its dimensions by `graph.roles`, so that parity
 and an engine's profiles read a graph in the same way.
 """
 
@@ -17,11 +17,10 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array
-from lora_export.engines.dims import role_of
-from lora_export.engines.record import Port
 from lora_export.errors import GraphError
 from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE
 from lora_export.graph.onnx_file import load_graph
+from lora_export.graph.roles import role_of
 
 InputKind = Literal["ids", "types", "positions", "steps", "mask", "past", "bytes", "bools", "values"]
 _PAST_NAME = re.compile(r"^past(_key_values|_key|_value|\b)")
@@ -80,7 +79,7 @@ class InputPort:
         if axis == 1 and dim is not None and isinstance(dim, int):
             return self._side(SEQUENCE)
         dims = tuple("" if size is None else size for size in self.shape)
-        found = role_of(Port(self.name, self.dtype.name, (), dims), axis)
+        found = role_of(self.name, dims, axis)
         if found is None and axis == 1 and self.kind in _TOKEN_KINDS:
             found = SEQUENCE
         return self._side(found, str(dim)) if found == SEQUENCE else found

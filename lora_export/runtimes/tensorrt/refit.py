@@ -26,10 +26,10 @@ from lora_export.engines.backend import DTYPES
 from lora_export.engines.record import EngineRecord, read_engine, record_path
 from lora_export.engines.source import graph_hashes
 from lora_export.errors import BackendError, GraphError
+from lora_export.formats.provenance import refuse_other_bases
 from lora_export.formats.reading.weights_files import files_of
 from lora_export.graph.external_data import merged_values
 from lora_export.graph.onnx_file import GraphFile, load_graph
-from lora_export.modes.branches.union import refuse_other_bases
 from lora_export.modes.merging.blend import check_blend
 from lora_export.modes.merging.into_graph import plan_changes
 from lora_export.runtimes.session_options import PathLike

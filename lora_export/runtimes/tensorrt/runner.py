@@ -11,7 +11,6 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.errors import BackendError
 from lora_export.runtimes.feeds import Feeds
-from lora_export.runtimes.fixed_tensors import FixedTensors
 from lora_export.runtimes.session_options import EngineOptions
 from lora_export.runtimes.tensorrt.context import EngineContext, shapes_of
 from lora_export.runtimes.tensorrt.cuda import DeviceBuffer, DeviceTensor, Stream, nbytes_of
@@ -19,7 +18,7 @@ from lora_export.runtimes.tensorrt.engine import LoadedEngine
 from lora_export.runtimes.tensorrt.graphs import CapturedRuns
 from lora_export.runtimes.tensorrt.kernel_cache import RuntimeCache
 from lora_export.runtimes.tensorrt.shapes import EngineShapes
-from lora_export.runtimes.tensorrt.tensors import EngineTensors
+from lora_export.runtimes.tensorrt.tensors import EngineTensors, FixedTensors
 
 T = TypeVar("T")
 _LESS_MEMORY = "it may need more memory than the GPU has free"

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.adapter import Adapter, Array
-from lora_export.base.capture.capture import example_inputs, load_model
+from lora_export.base.capture.capture import example_inputs
 from lora_export.base.capture.export import first_line, quiet, require, tensor_names
+from lora_export.base.capture.loading import load_model
 from lora_export.errors import AdapterError, BackendError
 from lora_export.runtimes.torch.float64 import in_float64
 from lora_export.runtimes.torch.hooks import Bound, applied, bind

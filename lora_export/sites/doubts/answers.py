@@ -2,15 +2,18 @@
 
 Optimisers (onnxsim, onnxslim, ONNX Runtime) compute every node whose inputs are constants. A module that is
 called on its input and on a table of the model (DeBERTa's positions) then has its weight in the graph for one
-call and an answer for the other; an adapter would not change the answer. Nothing in the graph tells what an
-answer was computed from, so a constant is a suspect if
+call and an answer for the other; an adapter would not change the answer. Further layers may have made of it
+what has any size. Nothing in the graph tells what an answer was computed from, so a constant is a suspect if
 
 1. neither its name nor the exporter's metadata says that it is a parameter; without a checkpoint, only if its
-   name is that of a node's output (``/encoder/layer.0/attention/self/Transpose_6_output_0``);
-2. it has as many values as some calls of the module give, split into heads and repeated as they may be; with
-   one axis as many as one call gives, and no layer adds it to its own product;
-3. it is neither a mask nor a table of sines; and
-4. the checkpoint has no parameter with its values: moved, picked, or times a factor.
+   name is that of a node's output (``/encoder/layer.0/attention/self/Transpose_6_output_0``, ``tanh_1``);
+2. no layer adds it to its own product, if it has one axis;
+3. it is neither a table of sines, nor a sequence of numbers with equal steps or equal ratios, nor numbers
+   that programs are written with: whole ones, fractions, roots (`numbers`); and
+4. the checkpoint has no parameter with its values: moved, picked, or times a factor; of a few values a
+   function of a few of its own.
+
+A single number is no suspect: a graph is full of them.
 
 Values of a parameter that the adapter changes explain nothing: they are an answer (`picked`), whatever rules
 1, 3 and 4 say.
@@ -20,8 +23,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -30,6 +33,7 @@ from lora_export.graph.onnx_file import FLOAT_TYPES, release, shape_of
 from lora_export.plan import Refusal
 from lora_export.sites import operator_named
 from lora_export.sites.doubts.changed import is_path
+from lora_export.sites.doubts.numbers import is_written
 from lora_export.sites.doubts.picked import NUMBERED, picked_rows
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import folded_names, path_in, weight_name, weight_path
@@ -39,6 +43,18 @@ from lora_export.sites.values.moved import FEW, moved_parameters
 
 # TorchScript's name for the output of a node that computes something.
 _OUTPUT = re.compile(r"/(?:[^/]+/)*(?!Constant)[^/]+_output_\d+")
+# torch.export's names for values that were computed, not moved; the exporter's metadata is gone where a tool
+# has made constants of them.
+_VALUE = re.compile(
+    r"(?:val|r?sub|add|mul|div|neg|abs|exp|log|sin|cos|tanh|sigmoid|relu|gelu|silu|elu|softplus|softmax|"
+    r"log_softmax|pow|r?sqrt|reciprocal|square|sum|prod|mean|amax|amin|max|min|var|std|norm|linalg_vector_norm|"
+    r"linear|matmul|mm|bmm|addmm|baddbmm|einsum|conv\dd|convolution|layer_norm|group_norm|rms_norm|"
+    r"scaled_dot_product_attention|where|clamp|cumsum|leaky_relu|logsumexp|outer)(?:_\d+)?"
+)
+# The exporter's metadata on a parameter, a buffer or a literal.
+_GIVEN = "pkg.torch.export.graph_signature.InputSpec.kind"
+# Largest relative deviation of a sequence's steps or ratios from equal ones by rounding.
+_STEPS = 1e-4
 # Least number of positions in a table of sines, and largest deviation from its rule by rounding.
 _POSITIONS, _SINES = 4, 5e-3
 # Number of values along each axis that are read first, by the number of dimensions.
@@ -55,23 +71,18 @@ def computed_answers(
         uses: All uses of constants in the graph.
         base: The checkpoint, whose parameters explain constants.
     """
-    outputs: dict[int, list[Site]] = defaultdict(list)
-    for site in sites:
-        outputs[_outputs(site)].append(site)
     mine = {id(part.root) for site in sites for part in site.parts}
     computed: dict[int, Use] = {}
-    for use in uses:
-        if id(use.root) not in mine and id(use.root) not in computed and _is_computed(use, outputs):
+    for use in uses if sites else ():
+        if id(use.root) not in mine and id(use.root) not in computed and _is_computed(use):
             computed[id(use.root)] = use
     found = {id(site.target): _picked(use) for site, use in picked_rows(sites, computed, base)}
-    suspects = {key: use for key, use in computed.items() if _is_suspect(use, outputs, base)}
+    suspects = {key: use for key, use in computed.items() if _is_suspect(use, base)}
     if base is not None:
         explained = moved_parameters([use.root for use in suspects.values()], base) if suspects else set()
         suspects = {key: use for key, use in suspects.items() if key not in explained}
-    for size, owners in outputs.items():
-        able = [use for use in suspects.values() if _is_multiple(use, size)]
-        for site in owners if able else ():
-            found.setdefault(id(site.target), _reason(max(able, key=lambda use: _nearness(use, site))))
+    for site in sites if suspects else ():
+        found.setdefault(id(site.target), _reason(max(suspects.values(), key=partial(_nearness, site))))
     return found
 
 
@@ -97,23 +108,25 @@ def _outputs(site: Site) -> int:
     return cols if site.target.kind == "embedding" else rows
 
 
-def _is_computed(use: Use, outputs: Iterable[int]) -> bool:
+def _is_computed(use: Use) -> bool:
     """Return True if a use's constant may be an answer of any module, by its name and its size."""
     tensor = use.root.const_value
-    if tensor is None or tensor.dtype not in FLOAT_TYPES or use.quantised:
+    if tensor is None or tensor.dtype not in FLOAT_TYPES or use.quantised or math.prod(_shape(use)) < 2:
         return False
-    return not is_path(weight_path(weight_name(use))) and any(_is_multiple(use, size) for size in outputs)
+    return not is_path(weight_path(weight_name(use)))
 
 
-def _is_suspect(use: Use, outputs: Collection[int], base: BaseWeights | None) -> bool:
+def _is_suspect(use: Use, base: BaseWeights | None) -> bool:
     """Return True if rules 1 to 3 make a use's constant a suspect."""
     root, name = use.root, weight_name(use)
-    if _OUTPUT.fullmatch(name) is None and base is None:
+    if base is None and not (_OUTPUT.fullmatch(name) or _VALUE.fullmatch(name)):
         return False
-    if NUMBERED.fullmatch(name) or folded_names(root) or (base is None and _is_lookup(name, use)):
+    if _GIVEN in root.metadata_props or NUMBERED.fullmatch(name) or folded_names(root):
+        return False
+    if base is None and _is_lookup(name, use):
         return False
     if max(_shape(use)) == math.prod(_shape(use)) and (
-        math.prod(_shape(use)) not in outputs or use.node.op_type in NORMS or operator_named(use.node.op_type)
+        use.node.op_type in NORMS or operator_named(use.node.op_type)
     ):
         return False
     assert root.const_value is not None
@@ -127,12 +140,6 @@ def _shape(use: Use) -> tuple[int, ...]:
     return shape_of(use.root.const_value)
 
 
-def _is_multiple(use: Use, size: int) -> bool:
-    """Return True if a constant has a multiple of ``size`` values (rule 2)."""
-    count = math.prod(_shape(use))
-    return count > 0 and count % size == 0
-
-
 def _is_lookup(name: str, use: Use) -> bool:
     """Return True if the name says that rows were picked from a table, by a module of its own."""
     return name.rpartition("/")[2].startswith("Gather") and module_of(use.node) != path_in(name)
@@ -143,14 +150,24 @@ def _is_plain(values: Array) -> bool:
     # A corner comes first: it decides for most constants, and a table of embeddings in float64 takes
     # gigabytes.
     corner = values[(slice(_CORNER[min(values.ndim, len(_CORNER) - 1)]),) * values.ndim]
-    if len(np.unique(corner)) <= FEW:
-        return len(np.unique(values)) <= FEW
+    if len(np.unique(corner)) <= FEW and len(few := np.unique(values)) <= FEW:
+        return all(is_written(float(value)) for value in few)
     exact = np.asarray(corner, np.float64)
     if not np.isfinite(exact).all():
         return False
-    return bool(np.array_equal(exact, np.round(exact))) or any(
-        _are_sines(np.moveaxis(exact, axis, 0)) for axis in range(exact.ndim)
-    )
+    if np.array_equal(exact, np.round(exact)):
+        return True
+    if max(exact.shape) == exact.size:
+        return _are_steps(exact.reshape(-1))
+    return any(_are_sines(np.moveaxis(exact, axis, 0)) for axis in range(exact.ndim))
+
+
+def _are_steps(values: Array) -> bool:
+    """Return True if neighbours have equal differences, or equal ratios."""
+    steps = np.diff(values)
+    if np.ptp(steps) <= _STEPS * np.abs(steps).max():
+        return True
+    return bool(values.all()) and bool(np.ptp(values[1:] / values[:-1]) <= _STEPS)
 
 
 def _are_sines(values: Array) -> bool:
@@ -170,8 +187,9 @@ def _are_sines(values: Array) -> bool:
     return bool(np.linalg.norm(around - factor * middle) <= _SINES * np.linalg.norm(middle))
 
 
-def _nearness(use: Use, site: Site) -> int:
-    """Count the leading names that a constant's module and the site's share."""
+def _nearness(site: Site, use: Use) -> tuple[bool, int]:
+    """Tell whether a constant has the size of some answers, and the number of leading names in common."""
+    whole = math.prod(_shape(use)) % _outputs(site) == 0
     one = (path_in(weight_name(use)) or module_of(use.node) or "").split(".")
     other = site.target.path.split(".")
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+    return whole, next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))

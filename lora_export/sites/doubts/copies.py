@@ -42,7 +42,7 @@ _CALL = re.compile(r"_\d+(?=\.|$)")
 _OUTPUT = "_output_0"
 # A parameter's path in a constant's name, with the text that ONNX Runtime puts around it.
 _PARAMETER = re.compile(r"(?:(?:Conv|MatMul)\w*?_[WB]_)?((?:[A-Za-z0-9_]\w*\.)+(?:weight|bias))(?![A-Za-z])")
-_WEIGHTS = ("linear", "conv", "embedding")
+WEIGHTS = ("linear", "conv", "embedding")
 # Number of rows by which a quantised weight is recognised, and their least cosine; 4-bit codes have 0.99.
 _ROWS, _ALIKE = 8, 0.9
 
@@ -88,7 +88,7 @@ def other_calls(
         modules: Paths that are known to be modules of their own, not numbered calls of others.
     """
     mine = {id(part.root) for site in sites for part in site.parts}
-    rest = [use for use in uses if use.slot.kind in _WEIGHTS and id(use.root) not in mine]
+    rest = [use for use in uses if use.slot.kind in WEIGHTS and id(use.root) not in mine]
     nameless = [use for use in rest if is_nameless(use)]
     found: dict[int, str] = {}
     left = []
@@ -147,9 +147,11 @@ def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
             own = site.keys[0] in named and (is_call or f"{path}.".startswith(f"{module}."))
         else:
             own = module == path and not reads_another(use, path, leaf)
-            if not own and module and module not in modules and is_call:
-                # ``fc_1`` may be a second call of ``fc``, or a module of that name.
-                own = holds_rows(site, use) is not False
+            if not own and module and is_call:
+                # ``fc_1`` may be a second call of ``fc``, or a module of that name; and the exporter numbers
+                # calls beside a module of that name, too.
+                held = holds_rows(site, use)
+                own = held is True if module in modules else held is not False
         # A site that was found by values outvotes a name.
         if own and (site.evidence != "content" or holds_rows(site, use) is not False):
             return _in_the_graph_again(use)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -19,6 +20,8 @@ from lora_export.sites.naming.evidence import (
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Site, Target
 from lora_export.sites.uses import has_body
+
+_CALL = re.compile(r"_\d+")
 
 
 def module_of(node: ir.Node) -> str | None:
@@ -98,6 +101,19 @@ def _unclear(part: Part, source: str) -> str:
     return f"is read by several modules ({listed})" if len(modules) > 1 else ""
 
 
+def is_numbered(module: str, path: str) -> bool:
+    """Return True if a path is another one with the numbers that TorchScript gives to further calls."""
+    parts, others = module.split("."), path.split(".")
+    return (
+        module != path
+        and len(parts) == len(others)
+        and all(
+            part == other or (_CALL.fullmatch(part.removeprefix(other)) and part.startswith(other))
+            for part, other in zip(parts, others, strict=True)
+        )
+    )
+
+
 def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
     """Return a reason if another reader may be the module's own: it would keep the old values."""
     mine = {(id(use.node), use.slot.index) for use in part.uses}
@@ -112,6 +128,8 @@ def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
         tied = {*kinds, use.slot.kind} == {"embedding", "linear"} and not use.refusal
         if module == path or (module is None and not tied):
             return f"is also read by {use.node.op_type}, which can't be told from the module's own use"
+        if module is not None and is_numbered(module, path):
+            return f"is also read by {use.node.name!r}: a further call of the module, or {module!r}"
     return ""
 
 

@@ -22,27 +22,18 @@ compared with the paths that the base has. Rules:
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal
 
+from lora_export.sites.naming.choice import NO_CHANGE, Choice
 from lora_export.sites.naming.fits import Below, Fits
-from lora_export.sites.naming.known_names import (
-    KnownNames,
-    has_index,
-    has_language_model,
-    has_submodel,
-    is_flat_outer,
-    is_outer,
-    submodels_of,
-)
+from lora_export.sites.naming.known_names import KnownNames
 from lora_export.sites.naming.names import Named, Prefix, flatten
 from lora_export.sites.naming.offers import Offers, offers_of
 
 _SHOWN = 4
-NO_CHANGE = Prefix()
 
 
 @dataclass(frozen=True)
@@ -115,12 +106,6 @@ def rename(
     return _Renamer(wanted, known, flattened, scope).run()
 
 
-def is_below(wanted: Sequence[Named], scope: str, flattened: bool) -> bool:
-    """Return True if all of an adapter's paths are below a part that the user names (rule 7)."""
-    front = f"{flatten(scope)}_" if flattened else f"{scope}."
-    return all(named.key.startswith(front) for named in wanted)
-
-
 def likeliest_change(keys: Sequence[str], known: KnownNames) -> Prefix:
     """Return the change under which the base has most paths, for a search, not to find sites."""
     fits = Fits(keys, known, flattened=False)
@@ -139,227 +124,28 @@ class _Renamer:
         self, wanted: Sequence[Named], known: KnownNames, flattened: bool, scope: str | None
     ) -> None:
         self._wanted, self._known, self._flattened = wanted, known, flattened
+        self._mark = "_" if flattened else "."
+        self._choice = Choice(wanted, known, flattened, scope)
         # A renaming that is tried for a hint needs no hint of its own.
         self._is_first = True
-        self._mark = "_" if flattened else "."
-        self._fits = Fits([named.key for named in wanted], known, flattened)
-        self._low_rank = [n for n, named in enumerate(wanted) if named.action == "merge"]
-        # Parameters that the base has under their own paths may be beside those of a change (rule 1).
-        heads = {n: names for n, names in self._fits.own.items() if not has_index(wanted[n].key)}
-        texts = {n: flatten(wanted[n].key) if flattened else wanted[n].key for n in heads}
-        self._heads = Below(((text, n) for n, text in texts.items()), self._mark)
-        self._deciding_heads = Below(
-            ((text, n) for n, text in texts.items() if n in self._deciding), self._mark
-        )
-        self._lost_heads: dict[str, frozenset[int]] = {}
-        self._belong(scope)
-
-    def _belong(self, scope: str | None) -> None:
-        """Keep only the part that belongs, as the user names it."""
-        self._given = scope
-        self._scope = flatten(scope) if scope and self._flattened else scope
-        # Rule 7: is the scope a part of the adapter's paths, or of the base's?
-        self._is_adapters = scope is not None and is_below(self._wanted, scope, self._flattened)
-        # A flattened name may begin like the scope and still be one of the base's part (``decoder_embed``).
-        self._bases = self._known.under(scope) if scope and (self._flattened or not self._is_adapters) else []
-
-    @cached_property
-    def _deciding(self) -> frozenset[int]:
-        """Low-rank changes; if none of them fits under any change, all parameters."""
-        low_rank = frozenset(self._low_rank)
-        is_known = not low_rank.isdisjoint(self._fits.own) or any(
-            not low_rank.isdisjoint(self._under(change)) for change in self._low_rank_changes or ()
-        )
-        return low_rank if is_known else frozenset(range(len(self._wanted)))
-
-    @cached_property
-    def _changes(self) -> dict[Prefix, int] | None:
-        """Each change → number of parameters that fit; None if there are too many changes."""
-        if len(self._deciding) == len(self._low_rank):
-            changes = self._low_rank_changes
-        else:
-            changes = self._changes_of(sorted(self._deciding))
-        return None if changes is None else {change: self._count(change) for change in changes}
-
-    @cached_property
-    def _low_rank_changes(self) -> list[Prefix] | None:
-        return self._changes_of(self._low_rank)
-
-    def _changes_of(self, numbers: Sequence[int]) -> list[Prefix] | None:
-        keys = [self._wanted[number].key for number in numbers]
-        found = self._known.flat_changes(keys) if self._flattened else self._known.changes(keys)
-        return None if found is None else sorted({NO_CHANGE, *found}, key=str)
 
     def run(self) -> Renaming:
         """Choose the change and apply it."""
-        if self._may_stay and self._deciding and self._deciding <= self._fits.own.keys():
+        if self._choice.may_stay:
             return self._applied(NO_CHANGE)
-        if self._changes is None:
+        if self._choice.changes is None:
             return self._all(
                 _TOO_MANY, "give the adapter's tensors the names of the base's modules", Offers()
             )
-        chosen = self._chosen()
+        chosen = self._choice.chosen()
         if len(chosen) == 1:
             return self._applied(chosen[0])
-        rivals = [] if chosen or self._scope else self._distinct(self._whole(self._changes))
+        rivals = [] if chosen else self._choice.rivals()
         if len(chosen or rivals) > 1:
             return self._ambiguous(chosen or rivals)
         return self._refused()
 
-    # --- choose a change
-
-    def _under(self, change: Prefix) -> dict[int, list[str]]:
-        """Return the parameters that a change is for and that fit, with the base's paths for each."""
-        found = self._fits.under(change)
-        if not (change.strip and change.add):
-            return found
-        # Rule 3: two lists of modules would have only an index in common.
-        start = len(change.strip) + 1
-        return {
-            n: names
-            for n, names in found.items()
-            if not self._wanted[n].key[start:].rpartition(".")[0].isdigit()
-        }
-
-    def _count(self, change: Prefix) -> int:
-        """Return the number of deciding parameters that fit."""
-        heads = self._deciding_heads
-        beside = len(heads.numbers) - heads.count(change.strip)
-        return len(self._deciding.intersection(self._under(change))) + beside
-
-    @property
-    def _may_stay(self) -> bool:
-        """True if the change that changes nothing may count."""
-        return self._scope is None or self._is_adapters
-
-    def _chosen(self) -> list[Prefix]:
-        """Return the change that counts; several if they tie, none if none counts."""
-        counts = self._changes or {}
-        tried = counts
-        if self._scope is not None and not self._is_adapters:
-            # Rule 7: no other is allowed.
-            tried = {
-                change: counts[change]
-                for change in (Prefix(add=path) for path in self._bases)
-                if change in counts
-            }
-        allowed = [change for change, count in tried.items() if count and self._is_allowed(change)]
-        if whole := self._whole(allowed):
-            return self._distinct(whole)
-        # Rule 2; a wrapper around the base, or a part that the user names, may lack parameters.
-        parts = [
-            change
-            for change in allowed
-            if change == NO_CHANGE
-            or self._scope is not None
-            or (self._is_whole_below(change) if change.strip else self._known.is_inside(change.add))
-        ]
-        most = max((counts[change] for change in parts), default=0)
-        return self._distinct([change for change in parts if counts[change] == most])
-
-    def _whole(self, changes: Iterable[Prefix]) -> list[Prefix]:
-        counts = self._changes or {}
-        return [change for change in changes if counts[change] == len(self._deciding)]
-
-    def _distinct(self, changes: Sequence[Prefix]) -> list[Prefix]:
-        """Return the change that changes nothing if it is there, else one change of each effect."""
-        if NO_CHANGE in changes:
-            return [NO_CHANGE]
-        found: dict[object, Prefix] = {}
-        for change in sorted(changes, key=lambda change: len(change.strip) + len(change.add)):
-            found.setdefault(self._effect(change), change)
-        return list(found.values())
-
-    def _effect(self, change: Prefix) -> object:
-        """Return a key of a change's effect: the names that it gives, and the heads that lose theirs."""
-        under, own = self._under(change), self._fits.own
-        if change.strip not in self._lost_heads:
-            span = self._heads.span(change.strip)
-            self._lost_heads[change.strip] = frozenset(self._heads.numbers[span])
-        lost = self._lost_heads[change.strip]
-        kept = {n for n, names in under.items() if n in lost and names == own[n]}
-        given = frozenset((n, tuple(names)) for n, names in under.items() if n not in kept)
-        return given, lost - kept if kept else lost
-
-    def _is_allowed(self, change: Prefix) -> bool:
-        if change.add in self._bases and not change.strip:
-            return True  # Rule 7.
-        if self._scope is not None and not self._is_adapters:
-            return False
-        scope = self._scope
-        is_scoped = scope is not None and (scope == change.strip or self._is_below(scope, change.strip))
-        may_strip = is_scoped or not change.strip or self._is_outer(change.strip)  # Rule 3.
-        return may_strip and (not change.add or self._may_add(change))
-
-    def _is_outer(self, path: str) -> bool:
-        return is_flat_outer(path) if self._flattened else is_outer(path)
-
-    def _may_add(self, change: Prefix) -> bool:
-        """Return True if the prefix may be added (rule 4)."""
-        if has_index(change.add):
-            # The index is that of a Sequential around the whole base.
-            return not change.strip and self._known.is_inside(change.add)
-        if change.strip and submodels_of(change.add):
-            # In a part that the user names, an inner name may be removed (vision_tower.vision_model).
-            return self._scope is not None and self._is_below(change.strip, self._flat(change.add))
-        if self._known.is_inside(change.add):
-            return True
-        if has_language_model(change.add):
-            # A vision tower that the user names is not the language model.
-            return not (has_submodel(change.strip) if self._flattened else submodels_of(change.strip))
-        if submodels_of(change.add) or self._known.has_rivals(change.add):
-            return False
-        # A module beside others is identified by the blocks that it is in.
-        keys = (self._wanted[n].key for n in self._under(change) if n in self._deciding)
-        return any(has_index(key[len(change.strip) :]) for key in keys)
-
-    def _is_whole_below(self, change: Prefix) -> bool:
-        """Return True if all below the prefix fits, and no other part of the adapter looks like that part."""
-        paths, mark = self._deciding_paths, self._mark
-        span = paths.span(change.strip)
-        if not self._under(change).keys() >= set(paths.numbers[span]):
-            return False
-        for number in paths.numbers[span]:
-            rest = self._wanted[number].key[len(change.strip) + 1 :]
-            first, last = self._ends.get(f"{mark}{rest}", (span.start, span.start))
-            if has_index(rest) and (first < span.start or last >= span.stop):
-                return False
-        return True
-
-    @cached_property
-    def _deciding_paths(self) -> Below:
-        return Below(((self._wanted[n].key, n) for n in self._deciding), self._mark)
-
-    @cached_property
-    def _ends(self) -> dict[str, tuple[int, int]]:
-        """End of a deciding path, from a mark on → first and last position of such paths in their order."""
-        found: dict[str, tuple[int, int]] = {}
-        for place, number in enumerate(self._deciding_paths.numbers):
-            key = self._wanted[number].key
-            for start in (at for at, letter in enumerate(key) if letter == self._mark):
-                found[key[start:]] = found.get(key[start:], (place, place))[0], place
-        return found
-
-    def _paths_above(self, number: int) -> list[str]:
-        """Return the prefixes that may be removed from a parameter's path, the empty one included."""
-        key = self._wanted[number].key
-        text = flatten(key) if self._flattened else key
-        return ["", *(text[:at] for at, letter in enumerate(text) if letter == self._mark and at)]
-
-    def _flat(self, path: str) -> str:
-        return flatten(path) if self._flattened else path
-
-    def _is_below(self, key: str, path: str) -> bool:
-        return key.startswith(f"{path}{self._mark}")
-
     # --- apply a change
-
-    def _names(self, change: Prefix) -> dict[int, list[str]]:
-        """Return the parameters that fit under a change, with the base's paths that each may mean."""
-        # Rule 1: only a head may be beside the parameters that the change is for.
-        span, own = self._heads.span(change.strip), self._fits.own
-        beside = self._heads.numbers[: span.start] + self._heads.numbers[span.stop :]
-        return {n: own[n] for n in beside} | self._under(change)
 
     def _changed(self, key: str, change: Prefix) -> str:
         """Apply a change; a path without the removed prefix stays as it is."""
@@ -368,7 +154,7 @@ class _Renamer:
     def _applied(self, change: Prefix) -> Renaming:
         names: list[str | None] = []
         problems: dict[int, Problem] = {}
-        found = self._names(change)
+        found = self._choice.names(change)
         for number, named in enumerate(self._wanted):
             fitting = found.get(number, [])
             if len(fitting) > 1:
@@ -380,8 +166,8 @@ class _Renamer:
             else:
                 names.append(self._changed(named.key, change))
         has_doubles = self._refuse_doubles(names, problems)
-        count = self._count(change)
-        if not has_doubles and count == len(self._deciding):
+        count = self._choice.count(change)
+        if not has_doubles and count == len(self._choice.deciding):
             return Renaming(names=tuple(names), problems=problems, change=change, doubt=self._doubt())
         offers = self._offers(0 if has_doubles else count)
         text = f"say which of the file's models with {offers.text}" if has_doubles else ""
@@ -398,7 +184,7 @@ class _Renamer:
         )
 
     def _doubt(self) -> str:
-        kind = self._known.other_kind(self._given) if self._given else ""
+        kind = self._known.other_kind(self._choice.given) if self._choice.given else ""
         own = " and ".join(sorted(self._known.kinds))
         return (
             f", as --component says: it is for a model of the kind {kind}, the base is {own}" if kind else ""
@@ -425,13 +211,13 @@ class _Renamer:
         """Return the options with which the adapter, or a part of it, gets sites."""
         if not self._is_first:
             return Offers()
-        counts = self._changes or {}
+        counts = self._choice.changes or {}
         return offers_of(
             self._wanted,
             self._known,
             sorted(filter(counts.get, counts), key=lambda change: counts[change], reverse=True),
             flattened=self._flattened,
-            given=self._given,
+            given=self._choice.given,
             least=least,
             place=self._tried,
         )
@@ -440,7 +226,8 @@ class _Renamer:
         """Return the base's paths that some of the adapter's parameters get under a scope."""
         if len(wanted) == len(self._wanted):
             again = copy(self)  # The parameters that fit are the same.
-            again._belong(scope)
+            again._choice = copy(self._choice)
+            again._choice.belong(scope)
         else:
             again = _Renamer(wanted, self._known, self._flattened, scope)
         again._is_first = False
@@ -448,10 +235,11 @@ class _Renamer:
 
     def _placed(self, found: Renaming) -> Sequence[str | None]:
         """Return the names of the parameters that the base has under them."""
-        change, own = found.change, set(self._fits.own)
+        change, fits = found.change, self._choice.fits
+        own = set(fits.own)
         if not self._flattened:
-            own -= set(self._fits.below.numbers[self._fits.below.span(change.strip)])
-        known = own.union(self._fits.under(change))
+            own -= set(fits.below.numbers[fits.below.span(change.strip)])
+        known = own.union(fits.under(change))
         return [
             name if n in known and n not in found.problems else None for n, name in enumerate(found.names)
         ]
@@ -460,12 +248,12 @@ class _Renamer:
         """Return a renaming with the names that several changes give (rule 5)."""
         names: dict[int, set[str]] = defaultdict(set)
         for change in chosen if self._is_first else ():
-            for number, fitting in self._under(change).items():
+            for number, fitting in self._choice.under(change).items():
                 names[number].update(fitting)
         strips = Counter(change.strip for change in chosen)
-        for number in self._heads.numbers:
+        for number in self._choice.heads.numbers:
             if sum(strips[path] for path in self._paths_above(number)) < len(chosen):
-                names[number].update(self._fits.own[number])
+                names[number].update(self._choice.fits.own[number])
         problems = {}
         for number in range(len(self._wanted)):
             fitting = sorted(names[number])
@@ -481,15 +269,21 @@ class _Renamer:
             reach=offers.placed,
         )
 
+    def _paths_above(self, number: int) -> list[str]:
+        """Return the prefixes that may be removed from a parameter's path, the empty one included."""
+        key = self._wanted[number].key
+        text = flatten(key) if self._flattened else key
+        return ["", *(text[:at] for at, letter in enumerate(text) if letter == self._mark and at)]
+
     def _refused(self) -> Renaming:
         """Return a renaming with the reason why no change counts, and a hint."""
         if not self._is_first:
             return self._all(NOT_FOUND, "", Offers())
-        offers, count = self._offers(), len(self._deciding)
+        offers, count = self._offers(), len(self._choice.deciding)
         part = f"if that is the part that belongs, give {offers.text}" if offers else ""
-        if self._scope is not None and not self._is_adapters and not self._bases:
+        if self._choice.is_scope_unknown:
             problem = Problem(
-                "not found", f"neither the adapter nor the base has anything under '{self._given}'"
+                "not found", f"neither the adapter nor the base has anything under '{self._choice.given}'"
             )
             without = "give this adapter without --component"
             hint = f"give {offers.text}, or {without}" if offers else without
@@ -497,7 +291,7 @@ class _Renamer:
         if offers.others and not offers:
             problem = Problem("not found", "what would fit is of another kind of model")
             return self._all(problem, self._of_others(offers), offers)
-        counts = self._changes or {}
+        counts = self._choice.changes or {}
         most = max(counts.values())
         if not most:
             return self._all(NOT_FOUND, part, offers)

@@ -81,7 +81,7 @@ class Entry:
     Attributes:
         staged: Its names.
         new: The new file's `fingerprint`.
-        replaces: Whether it replaces an old one.
+        replaces: True if it replaces an old one.
     """
 
     staged: Staged
@@ -217,7 +217,7 @@ class Lease:
 
     @property
     def exists(self) -> bool:
-        """Whether the lease's file exists under one of its names."""
+        """True if the lease's file exists under one of its names."""
         return any(map(os.path.lexists, self._places))
 
     @property
@@ -270,7 +270,7 @@ class Lease:
 
     def _named(self, place: str) -> Path:
         if not place or "\0" in place or Path(place).is_absolute():
-            raise ValueError(f"{self.path} names {place!r}, which is no place from its folder")
+            raise ValueError(f"{self.path} names {place!r}, which is not a path from its folder")
         return self.folder / place
 
     def _entry(self, said: _SaidEntry, covered: set[str]) -> Entry:
@@ -280,7 +280,7 @@ class Lease:
         # One folder has two paths where it is mounted twice.
         is_covered = place in covered or is_same(target.parent, self.folder)
         if name in ("", os.curdir, os.pardir) or not is_covered:
-            raise ValueError(f"{self.path} speaks of {said.target!r}, and does not cover its folder")
+            raise ValueError(f"{self.path} names {said.target!r}, but does not cover its folder")
         return Entry(staged_as(target, self.identity), said.new, said.replaces)
 
     def _append(self, data: dict[str, Any]) -> None:

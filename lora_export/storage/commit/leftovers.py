@@ -101,7 +101,7 @@ class _Outcome:
         removed: Files that were removed.
         size_bytes: Their size.
         unknown: Names whose process may or may not have ended.
-        has_changed: Whether anything was changed.
+        has_changed: True if anything was changed.
     """
 
     removed: list[Path] = field(default_factory=list)

@@ -37,7 +37,7 @@ class Grip:
 
     Attributes:
         handle: File descriptor.
-        locked: Whether it is locked; False if the file system has no locks (some network and user-space
+        locked: True if it is locked; False if the file system has no locks (some network and user-space
             ones).
     """
 
@@ -117,8 +117,8 @@ def take(path: Path, create: bool = False, mode: int = 0o666) -> Grip | None:
         The open file; None if another process holds it, or has removed it in the meantime.
 
     Raises:
-        OSError: It can't be opened.
-        OutputError: It is a link, a pipe, a folder or a device.
+        OSError: The file can't be opened.
+        OutputError: The path is a link, a pipe, a folder or a device.
     """
     handle = _open(path, create, mode)
     try:

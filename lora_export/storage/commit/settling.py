@@ -22,7 +22,7 @@ def settle(entries: Sequence[Entry], is_marked: bool, calm: Uninterrupted) -> bo
 
     Args:
         entries: The set's entries, from the lease.
-        is_marked: Whether the mark exists: the folders were to hold the new set.
+        is_marked: True if the mark exists: the folders were to hold the new set.
         calm: The uninterrupted block.
 
     Returns:

@@ -109,7 +109,7 @@ def give_names(staged: Sequence[Staged], mark: Mark, remember: Callable[[], None
         staged: The set, in order; all of it is on the disk.
         mark: Mark of the set's lease.
         remember: Function that records the set's entries in the lease.
-        listed: Whether to list the output for the run.
+        listed: List the output for the run.
 
     Raises:
         OutputError: A step failed. `StuckError` if it could not be undone: the staged files are then needed
