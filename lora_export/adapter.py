@@ -18,6 +18,8 @@ Array = NDArray[Any]
 Kind = Literal["linear", "conv", "embedding", "parameter"]
 # What decides whether stacked experts' factors lie turned; see `formats.reading.experts`.
 Layout = Literal["known", "class", "class inverted", "unknown"]
+# What tells whether a module is a Linear or an Embedding; see `sites.kinds`.
+KindBy = Literal["file", "name", "layers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +53,10 @@ class LoraModule:
         groups: Groups of a convolution, when the factors tell (more than 1: cannot be merged).
         component: ``unet``, ``text_encoder``, … where one file serves several models.
         tensor_names: Names of the file's tensors that the module was made from.
-        everywhere: True if its trainer adds it wherever the base uses the weight: mlx-lm's embedding also in
-            the output head that is tied to it.
+        kind_by: Source of `kind`: the ``file``; or only the module's ``name``, in a format that has Linears
+            and Embeddings alike; or the ``layers`` of its product, two Linears that may stand beside either.
+        table_everywhere: As an embedding, its trainer adds it wherever the base uses the weight: mlx-lm's
+            also in the output head that is tied to it.
     """
 
     path: str
@@ -73,7 +77,8 @@ class LoraModule:
     groups: int = 1
     component: str | None = None
     tensor_names: tuple[str, ...] = ()
-    everywhere: bool = False
+    kind_by: KindBy = "file"
+    table_everywhere: bool = False
 
     @property
     def key(self) -> str:
@@ -113,6 +118,11 @@ class LoraModule:
         return tuple(name for name in self.tensor_names if name not in self.bias_tensors)
 
     @property
+    def everywhere(self) -> bool:
+        """True if it is added wherever the base uses the weight."""
+        return self.table_everywhere and self.kind == "embedding"
+
+    @property
     def told_shape(self) -> tuple[int, ...] | None:
         """Shape that the base's parameter must have; None where the factors alone don't tell it."""
         is_told = self.kind != "parameter" and self.experts == 1 and self.groups == 1
@@ -141,7 +151,7 @@ class LoraModule:
     def as_head(self, path: str) -> LoraModule:
         """Return an embedding's change as that of the output head that is tied to it."""
         a, b = self.lora_b.T, self.lora_a.T
-        return replace(self, path=path, kind="linear", lora_a=a, lora_b=b, everywhere=False)
+        return replace(self, path=path, kind="linear", lora_a=a, lora_b=b, table_everywhere=False)
 
     @property
     def is_pointwise(self) -> bool:
@@ -268,7 +278,10 @@ EVERYWHERE = (
     "them is known to be all of it"
 )
 # What to do about an adapter that replaces rows of an embedding, where that can't be done.
-MERGE_ROWS = "merge it into the checkpoint with `lora-export merge`, and use the result as the base"
+MERGE_ROWS = (
+    "merge it into the checkpoint with `lora-export merge`, and use the result as the base, without this "
+    "adapter"
+)
 
 
 def token_rows_problems(adapter: Adapter) -> list[tuple[str, str]]:

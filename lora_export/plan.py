@@ -26,6 +26,8 @@ RefusalKind = Literal[
     "unused",
     # An adapter's branch stands beside it already.
     "contained",
+    # The file doesn't say whether it is a Linear or an Embedding, and nothing else does.
+    "kind",
     # Stored as codes of a quantiser: a branch may go beside, nothing can be merged.
     "quantised",
     # Computed in integers: neither a branch nor a merge.

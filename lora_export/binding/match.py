@@ -15,11 +15,11 @@ import numpy as np
 from lora_export.adapter import EVERYWHERE, MERGE_ROWS, Adapter, Array, Kind, LoraModule, token_rows_problems
 from lora_export.binding.base_weights import WeightOf, has_constant, holds, read_stored
 from lora_export.binding.paths import Finder, Place
-from lora_export.formats.provenance import is_converted
 from lora_export.formats.reading.saved import change_of, with_bias
 from lora_export.formats.schemes import fitted
 from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, StoredRows, path_of
 from lora_export.plan import PlanRow, Refusal
+from lora_export.sites.kinds import as_seen
 from lora_export.sites.matrices import embedding_of, linear_of
 
 _UNKNOWN = Refusal("not found", "the graph has no parameter of this name")
@@ -125,16 +125,19 @@ def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of
     for path, problem in token_rows_problems(adapter):
         tensors = (adapter.token_rows[path].tensor_name,)
         found.refuse(adapter.name, path, tensors, Refusal("merge only", problem, MERGE_ROWS))
-    converted = is_converted(adapter.config)
     for lora in adapter.modules.values():
         key = f"{lora.path}.{lora.parameter}"
-        place = _unsupported(lora, exposed) or finder.find(path_of(key), lora.component)
+        place = finder.find(path_of(key), lora.component)
+        if isinstance(place, Place):
+            seen = as_seen(lora, place.module.kind)
+            place, lora = (seen, lora) if isinstance(seen, Refusal) else (place, seen)
+        place = _unsupported(lora, exposed) or place
         if isinstance(place, Place) and lora.kind == "parameter":
             made = _as_used(lora, place)
             place, lora = (made, lora) if isinstance(made, Refusal) else (place, made)
         if isinstance(place, Place):
             lora = _as_exposed(lora, place.module)
-            place = _misfit(lora, place, converted) or place
+            place = _misfit(lora, place) or place
         if isinstance(place, Refusal):
             _refuse_module(adapter, lora, place, found)
             continue
@@ -238,12 +241,11 @@ def _kept_turned(lora: LoraModule, member: Member) -> bool | None:
     return named[0].transposed if named and len(named) == len(member.stored) else None
 
 
-def _misfit(lora: LoraModule, place: Place, converted: bool) -> Refusal | None:
+def _misfit(lora: LoraModule, place: Place) -> Refusal | None:
     """Return the reason why the factors don't fit their site; None if they do."""
     module = place.module
     kind = lora.kind
-    # A converted file without metadata doesn't tell an embedding from a linear; their layouts are alike.
-    if kind != module.kind and not (converted and "conv" not in (kind, module.kind)):
+    if kind != module.kind:
         return Refusal("shape", f"the adapter has a {kind} module, the graph a {module.kind} one")
     seen = (*lora.lora_a.shape[1:], lora.lora_b.shape[0])
     wanted = (module.in_dim, *module.kernel, place.member.out_dim)
@@ -327,7 +329,7 @@ def _replace_one(
     lora = _weight_change(path, place, values=values, weight_of=weight_of, tensors=tensors)
     if isinstance(lora, Refusal):
         return lora
-    refusal = _misfit(lora, place, converted=False)
+    refusal = _misfit(lora, place)
     if refusal is None:
         found.pairings.append(
             Pairing(lora=lora, module=place.module, member=place.member, how=place.how, from_base=True)

@@ -4,8 +4,8 @@ Source: https://github.com/microsoft/LoRA, ``loralib/layers.py``. ``lora_state_d
 factors and, with ``bias="all"`` or ``"lora_only"``, biases, which replace the base's. The file states neither
 alpha nor the kind of layer:
 
-- Embedding: factors as for a Linear, but the change is transposed. A module with a customary embedding name
-  is taken for one; a wrong guess shows as a wrong shape when the weight is looked up.
+- Embedding: factors as for a Linear, but the change is transposed. A customary name is a first guess, and the
+  base decides (`sites.kinds`).
 - MergedLinear (GPT-2's fused qkv): ``lora_A`` stacks one factor for each enabled part, ``lora_B`` their rows.
   ``enable_lora`` in the checkpoint's dict tells the enabled parts; a file without it is refused.
 - ConvLoRA: its factors make a reshaped matrix whose rank is a multiple of the stated one; it is refused.
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Adapter, Array
+from lora_export.formats.reading.embedding_names import is_embedding_name
 from lora_export.formats.reading.pairs import (
     Parts,
     PartsTable,
@@ -35,20 +36,6 @@ from lora_export.formats.reading.stated import stated_of, where_to_look
 from lora_export.formats.reading.tensors import value_problems
 
 _LORA = re.compile(r"^(?P<path>.+)\.lora_(?P<part>[AB])$")
-_EMBEDDINGS = frozenset(
-    {
-        "embed_positions",
-        "embed_tokens",
-        "embedding",
-        "embeddings",
-        "position_embeddings",
-        "tok_embeddings",
-        "token_type_embeddings",
-        "word_embeddings",
-        "wpe",
-        "wte",
-    }
-)
 
 # ``loralib/layers.py``: ``Embedding.forward`` and ``Embedding.train``.
 _TABLE = (
@@ -77,7 +64,7 @@ def read(source: Source, options: Options) -> Adapter:
         table.problems.append(f"alpha: stated nowhere in the file; give --alpha{where_to_look(source)}")
     modules, room = {}, Room(source.tensors)
     for parts in table.rows.values():
-        parts.kind = "embedding" if parts.path.rpartition(".")[2] in _EMBEDDINGS else None
+        parts.kind = "embedding" if is_embedding_name(parts.path) else None
         parts.rank = stated.rank
         factor = _unstack(
             parts,
@@ -91,12 +78,12 @@ def read(source: Source, options: Options) -> Adapter:
             alpha = stated.alpha * factor
         module = build_module(parts, alpha, stated.rslora, table.problems)
         if module:
-            modules[module.key] = module
+            modules[module.key] = module if factor != 1 else replace(module, kind_by="name")
     raise_problems(
         source, table.problems, "fix the listed problems; a loralib file holds lora_A, lora_B and biases"
     )
     tables = [module.path for module in modules.values() if module.kind == "embedding"]
-    notes = [f"{path}: {_TABLE}" for path in tables]
+    notes = [f"{path}, by its name an embedding: {_TABLE}" for path in tables]
     made = adapter_of(
         source,
         "loralib",

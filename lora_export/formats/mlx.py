@@ -5,7 +5,8 @@ Source: https://github.com/ml-explore/mlx-lm, ``tuner/lora.py``, ``tuner/dora.py
 change is ``scale * (lora_a @ lora_b)ᵀ`` with the config's ``lora_parameters.scale`` as the whole factor, not
 divided by the rank. DoRA's ``.m`` is the norm of each output row, as PEFT's. For an embedding, lora_a is
 ``(num_embeddings, rank)``, and the change applies to the weight, also in an output head that is tied to it
-(``LoRAEmbedding.as_linear`` adds it there, ``fuse`` writes one weight). Not supported: experts
+(``LoRAEmbedding.as_linear`` adds it there, ``fuse`` writes one weight). The file does not say which modules
+are embeddings: a name is a first guess, and the base decides (`sites.kinds`). Not supported: experts
 (``switch_mlp``: stacked along an axis of their own, under names that no Hugging Face checkpoint has) and
 DoRA's embedding, whose norms run along the other axis.
 """
@@ -19,13 +20,11 @@ from typing import Any
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
+from lora_export.formats.reading.embedding_names import is_embedding_name
 from lora_export.formats.reading.pairs import Parts, PartsTable, adapter_of, build_module, raise_problems
 from lora_export.formats.reading.source import CONFIG_NAME, Format, Options, Source
 
 _NAME = re.compile(r"^(?P<path>.+)\.(?P<part>lora_a|lora_b|m)$")
-_EMBEDDINGS = frozenset(
-    {"embed_tokens", "embed_in", "wte", "wpe", "tok_embeddings", "word_embeddings", "embeddings", "embedding"}
-)
 
 
 def recognises(source: Source) -> bool:
@@ -69,7 +68,7 @@ def read(source: Source, options: Options) -> Adapter:
             alpha = scale * parts.rows
         module = build_module(parts, alpha, False, table.problems)
         if module:
-            modules[module.key] = replace(module, everywhere=module.kind == "embedding")
+            modules[module.key] = replace(module, kind_by="name", table_everywhere=True)
     raise_problems(source, table.problems, "fix the listed problems, or fuse with mlx_lm.fuse")
     return adapter_of(source, "mlx", table=table, modules=modules, config=dict(config))
 
@@ -111,7 +110,7 @@ def _settings(
 
 def _orient(parts: Parts, kind: str, problems: list[str]) -> None:
     """Mark a module that is an embedding, and check DoRA's norms against the config."""
-    if parts.path.rpartition(".")[2] in _EMBEDDINGS:
+    if is_embedding_name(parts.path):
         parts.kind = "embedding"
         if "magnitude" in parts.tensors:
             problems.append(

@@ -136,6 +136,11 @@ def _left_out_by_config(modules: Mapping[str, LoraModule], config: Mapping[str, 
     """Return a note on a file's modules that PEFT would not load: the config or the file was edited."""
     paths = [module.path for module in modules.values() if module.parameter == "weight"]
     left = [path for path in paths if not is_targeted(config, path)]
+    if config.get("ensure_weight_tying"):
+        # PEFT gives the tied ends of a targeted embedding its change, whatever the config calls them.
+        tables = [one for one in modules.values() if one.kind == "embedding" and one.path not in left]
+        tied = {m.path for m in modules.values() if any(_is_same_change(m, one) for one in tables)}
+        left = [path for path in left if path not in tied]
     if not left:
         return []
     shown = ", ".join(left[:_SHOWN]) + (", …" if len(left) > _SHOWN else "")
@@ -146,6 +151,10 @@ def _left_out_by_config(modules: Mapping[str, LoraModule], config: Mapping[str, 
         f"the config's {', '.join(keys)} leave out {len(left)} of the file's {len(paths)} modules ({shown}), "
         "which PEFT would not load; they are read anyway"
     ]
+
+
+def _is_same_change(one: LoraModule, two: LoraModule) -> bool:
+    return one.weight_shape == two.weight_shape and all(map(np.array_equal, one.factors(), two.factors()))
 
 
 def _notes_on_experts(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ weight is ``scaling * B @ A``. The file is a bare state dict, or a dict that als
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from lora_export.adapter import Adapter
 from lora_export.formats.reading.pairs import PartsTable, adapter_of, build_module, raise_problems
@@ -43,7 +44,7 @@ def read(source: Source, options: Options) -> Adapter:
         parts.rank = stated.rank
         module = build_module(parts, stated.alpha_of(parts.rows), stated.rslora, table.problems)
         if module:
-            modules[module.key] = module
+            modules[module.key] = replace(module, kind_by="layers")
     raise_problems(
         source, table.problems, "fix the listed problems; the file holds A.weight, B.weight, alpha"
     )

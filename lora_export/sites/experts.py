@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from lora_export.adapter import Adapter, LoraModule
+from lora_export.adapter import Adapter, Kind, LoraModule
 from lora_export.plan import Refusal
 
 UNKNOWN = (
@@ -31,10 +31,12 @@ class Held:
     Attributes:
         shape: Shape of the parameter.
         is_transposed: The module's attribute, False if it has none; None if its class is unknown.
+        kind: Kind of module that its class is; None if it is another one or unknown.
     """
 
     shape: tuple[int, ...]
     is_transposed: bool | None
+    kind: Kind | None = None
 
 
 def settle(adapter: Adapter, held: Callable[[str], Held | None]) -> tuple[Adapter, tuple[str, ...]]:

@@ -90,6 +90,10 @@ def place(target: Target, use: Use, part: tuple[int, int] | None = None) -> tupl
     shape = shape_of(use.root.const_value)
     if len(target.shape) > 2 and shape != target.shape and not pointwise(target, use):
         return Refusal("shape", f"the graph's weight is {shape}, the adapter's {target.shape}")
+    if use.slot.kind == "linear" and use.slot.shape is None and len(shape) > 2 and not pointwise(target, use):
+        return Refusal(
+            "operator", f"the graph's weight is {shape}, a stack of matrices for {use.node.op_type}"
+        )
     stored = stored_shape(target, use)
     transposed = use.transposed and target.kind != "vector"
     height, width = (stored[1], stored[0]) if transposed else stored

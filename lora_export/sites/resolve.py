@@ -27,7 +27,7 @@ from functools import partial
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import GraphFile, release, shape_of
 from lora_export.plan import Refusal, RefusalKind
-from lora_export.sites import fit, matrices
+from lora_export.sites import fit, kinds, matrices
 from lora_export.sites.doubts import changed, readers, turned
 from lora_export.sites.doubts.answers import computed_answers
 from lora_export.sites.doubts.conflicts import without_conflicts
@@ -47,9 +47,22 @@ from lora_export.sites.naming.towers import Kinds
 from lora_export.sites.proof import proven
 from lora_export.sites.search import ValueSearch
 from lora_export.sites.slot import Use
-from lora_export.sites.target import BaseWeights, Miss, Site, Stack, Target, Wanted, WeightOf
-from lora_export.sites.uses import find_uses
+from lora_export.sites.target import BaseWeights, Miss, Part, Site, Stack, Target, Wanted, WeightOf
+from lora_export.sites.uses import find_uses, in_bodies
 from lora_export.storage.patch import Placement
+
+_MODULES = ("linear", "conv", "embedding")
+# Hint for a module whose weight another kind of module reads.
+_OTHER_KIND = "give the base that the adapter was trained on"
+# Hint for modules with calls in a Loop, Scan or If, whose readers an exporter gives no names.
+_OF_BODY = (
+    "merge the adapter into the checkpoint (lora-export merge) and export the result: calls of the module in "
+    "a loop or branch of the graph (torch.while_loop, scan, cond) have no names that tell them from others"
+)
+_EITHER = (
+    "the file does not say whether it is a Linear or an Embedding, whose change is the transpose, and the "
+    "graph uses its weight as both"
+)
 
 
 class Resolver:
@@ -122,7 +135,7 @@ class Resolver:
         change = rename(named, self._known, flattened=flattened, scope=scope if here or not there else None)
         self._wanted = {name for name in change.names if name}
         searched = [use for use in self.uses if not use.quantised and not self._refusal(use)]
-        search = ValueSearch(self.uses, searched, self.weight_of, self._wanted)
+        search = ValueSearch(self.uses, searched, self.weight_of, self._wanted, hint_of=self._hint_of)
         named_so = [self._find(target, number, change, search) for number, target in enumerate(targets)]
         found = [self._explained(item, change) for item in search.find_all(named_so)]
         misses = [miss for miss in found if isinstance(miss, Miss)]
@@ -149,8 +162,10 @@ class Resolver:
             key: Miss(targets[key], why)
             for key, why in computed_answers(sites, self.uses, self._base).items()
         }
+        weights = (use for use in self.uses if use.slot.kind in _MODULES)
+        remedy = _OF_BODY if in_bodies(weights, self._graph.graph) else REMEDY
         for key, why in other_calls(sites, self.uses, self._computed, modules).items():
-            lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", REMEDY))
+            lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", remedy))
         for key, why in turned.other_orientations(sites, self.uses, parameters).items():
             lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", fit.BOTH_WAYS))
         copies = dict(copies_with_biases(sites, self.uses, self._evidence))
@@ -189,11 +204,33 @@ class Resolver:
             return matrices.find_matrix(target, held, partial(self._one_form, search, name, lost))
         if name is None:
             return lost
-        found = self._by_name(target, name, self._weight(target))
+        found = self._of_its_kind(target, name)
         if isinstance(found, Site):
             for part in found.parts:
                 release(part.root)
         return found
+
+    def _of_its_kind(self, target: Target, name: str) -> Site | Miss:
+        """Look for a target by name; where its file doesn't say its kind, the operators decide."""
+        wanted = self._weight(target)
+        (first, _), *more = forms = kinds.forms_of(target)
+        if isinstance(wanted, Stack) or not more:
+            return self._by_name(first, name, wanted)
+        sites: list[tuple[int, Site | Miss]] = []
+        misses: list[Miss] = []
+        for form, refusal in forms:
+            values = wanted.T if wanted is not None and wanted.shape != form.shape else wanted
+            found = self._by_name(form, name, values)
+            if isinstance(found, Site):
+                trust = SOURCES.index(found.evidence.partition(";")[0])
+                sites.append((trust, Miss(target, refusal) if refusal else found))
+            else:
+                misses.append(found)
+        best = [found for trust, found in sites if trust == min(trust for trust, _ in sites)]
+        if len(best) > 1:
+            return Miss(target, Refusal("kind", _EITHER, kinds.AS_PEFT))
+        told = [miss for miss in misses if miss.reason and miss.refusal.hint != _OTHER_KIND] or misses
+        return best[0] if best else replace(told[0], target=target)
 
     def _one_form(
         self, search: ValueSearch, name: str | None, lost: Miss, target: Target, wanted: Array | None
@@ -243,7 +280,7 @@ class Resolver:
 
     def _by_name(self, target: Target, key: str, wanted: Wanted | None) -> Site | Miss:
         refused: Miss | None = None
-        unread = ""
+        unread: Refusal | None = None
         dead: list[Use] = []
         for variant in (*names.variants(key), *names.per_expert(key, target.experts)):
             path = variant.keys[0].rpartition(".")[0]
@@ -251,7 +288,7 @@ class Resolver:
                 named = [self._evidence[source].get(name, ()) for name in variant.keys]
                 groups = [self._candidates(target, path, source, uses) for uses in named]
                 if not all(groups):
-                    unread = unread or _unread(named)
+                    unread = unread or _unread(target, named)
                     every = [use for name in variant.keys for use in self._named[source].get(name, ())]
                     dead += [
                         use for use in every if not is_read(self._reach, use) and fit.accepts(target, use)
@@ -271,12 +308,12 @@ class Resolver:
                     calls = readers.repeated_calls(found, path, source)
                     found = replace(found, evidence=found.evidence + calls, keys=variant.keys)
                     if problem:
-                        return Miss(target, Refusal("ambiguous", problem))
+                        return Miss(target, Refusal("ambiguous", problem, self._hint_of(found.parts)))
                     return proven(found, wanted, source, variant.keys, remedy=self._remedy())
                 refused = refused or found
         if refused is None and dead:
             return unused(target, dead[0])
-        return refused or Miss(target, Refusal("operator" if unread else "not found", unread))
+        return refused or Miss(target, unread or Refusal("not found", ""))
 
     def _candidates(self, target: Target, path: str, source: str, uses: Sequence[Use]) -> list[Use]:
         fitting = [use for use in uses if fit.accepts(target, use)]
@@ -339,6 +376,13 @@ class Resolver:
     def _refusal(self, use: Use) -> str:
         return use.no_branch if self._branches else use.refusal
 
+    def _hint_of(self, parts: Sequence[Part]) -> str:
+        """Return the hint for constants whose readers can't be told apart because some are in a body."""
+        roots = {id(part.root) for part in parts}
+        # A body's own input hides the way of a weight, so that all of its readers count.
+        readers = [use for use in self.uses if id(use.root) in roots]
+        return _OF_BODY if in_bodies(readers, self._graph.graph) else ""
+
     def _remedy(self) -> str:
         if self._base is not None:
             return "the checkpoint does not store it, so that its values can't be compared"
@@ -354,9 +398,22 @@ def _kind_of(use: Use) -> RefusalKind:
     return "merge only" if use.no_branch else "branch only"
 
 
-def _unread(named: Sequence[Sequence[Use]]) -> str:
-    """Return the reason why no use of weights with the right name is of the target's kind."""
-    operators = sorted({use.node.op_type for uses in named for use in uses})
-    if not operators:
-        return ""
-    return f"its weight is read by {', '.join(operators)}, which no module of its kind is known to become"
+def _unread(target: Target, named: Sequence[Sequence[Use]]) -> Refusal | None:
+    """Return the refusal if no use of weights with the right name is of the target's kind."""
+    uses = [use for group in named for use in group]
+    operators = ", ".join(sorted({use.node.op_type for use in uses}))
+    if not uses:
+        return None
+    if target.kind in _MODULES and all(
+        use.slot.kind in _MODULES and (use.slot.kind == "embedding") != (target.kind == "embedding")
+        for use in uses
+    ):
+        found = "rows are looked up" if target.kind != "embedding" else "a product"
+        return Refusal(
+            "shape",
+            f"the adapter has a {target.kind} module; the graph reads the weight with {operators} ({found})",
+            _OTHER_KIND,
+        )
+    return Refusal(
+        "operator", f"its weight is read by {operators}, which no module of its kind is known to become"
+    )

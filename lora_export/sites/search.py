@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -25,6 +25,7 @@ class ValueSearch:
         searched: Those of them that are compared: not quantised, and possible sites.
         weight_of: Look-up in the checkpoint; None without one.
         names: The graph's names for the adapter's targets.
+        hint_of: Function that returns a hint for parts whose readers can't be told apart, or "".
     """
 
     def __init__(
@@ -33,7 +34,10 @@ class ValueSearch:
         searched: Sequence[Use],
         weight_of: WeightOf | None,
         names: Collection[str],
+        *,
+        hint_of: Callable[[Sequence[Part]], str],
     ) -> None:
+        self._hint_of = hint_of
         self._uses, self._searched, self._weight_of, self._names = uses, searched, weight_of, names
 
     def find_all(self, found: Sequence[Site | Miss]) -> list[Site | Miss]:
@@ -88,18 +92,18 @@ class ValueSearch:
                     )
         if nodes > 1:
             reason = f"ambiguous: its values are read by {nodes} nodes and no name tells which"
-            return Miss(target, Refusal("ambiguous", reason))
+            return Miss(target, Refusal("ambiguous", reason, self._hint_of(parts)))
         # Rows that a constant holds for two parts of the target can't be changed for one of them.
         if tile(target, parts) and len(parts) == len(hits):
             site = Site(
                 target=target, parts=tuple(parts), evidence="content", proof="values", keys=(target.key,)
             )
             problem = readers.doubt(site, target.path, "content", self._uses)
-            return Miss(target, Refusal("ambiguous", problem)) if problem else site
+            return Miss(target, Refusal("ambiguous", problem, self._hint_of(parts))) if problem else site
         if parts:
             where = ", ".join(str(part.root.name) for part in parts[:4])
             reason = f"ambiguous: its values are found in {len(parts)} places ({where})"
-            return Miss(target, Refusal("ambiguous", reason))
+            return Miss(target, Refusal("ambiguous", reason, self._hint_of(parts)))
         if miss.reason:
             return miss
         return Miss(target, Refusal("not found", "not found: no weight of the graph holds its values"))

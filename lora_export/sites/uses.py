@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
@@ -12,6 +12,7 @@ from lora_export.sites.slot import DEQUANTIZE, NORMS, PASSED, QUANTIZE, SHAPE_ON
 from lora_export.sites.values.ranges import is_fixed
 
 # Other operators that a vector may feed, so that biases and norms (modules_to_save, bias="all") have a site.
+_BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 _VECTOR_PARAMETERS = {"Add": "bias", "Mul": "weight"}
 
 
@@ -22,6 +23,16 @@ def find_uses(graph: GraphFile) -> list[Use]:
     Another node that changes the values (Reshape, Mul …) is the reader itself, an ``other`` use.
     """
     return [use for node in graph.graph.all_nodes() for use in _uses_of(node)]
+
+
+def in_bodies(uses: Iterable[Use], graph: ir.Graph) -> bool:
+    """Return True if some readers of weights are in a Loop, Scan or If of a graph, or are one themselves."""
+    return any(use.node.graph is not graph or has_body(use.node) for use in uses)
+
+
+def has_body(node: ir.Node) -> bool:
+    """Return True if a node computes graphs of its own."""
+    return any(one.type in _BODIES for one in node.attributes.values())
 
 
 def _uses_of(node: ir.Node) -> Iterator[Use]:

@@ -7,6 +7,8 @@ import shutil
 import peft
 import pytest
 import tiny
+import torch
+import transformers
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,6 +24,9 @@ from lora_export import (
     swap_onnx,
 )
 from lora_export.formats.reading.targeting import is_targeted
+
+TIED = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+TIED |= {"num_attention_heads": 2, "tie_word_embeddings": True}
 
 PATHS = (
     "model.layers.0.self_attn.q_proj",
@@ -232,3 +237,27 @@ def test_names_that_the_base_has_not_are_no_fault(tmp_path):
         peft.get_peft_model(tiny.build("bert"), config).save_pretrained(tmp_path / "ad")
     assert set(load_adapter(tmp_path / "ad").config["modules_to_save"]) >= {"classifier", "score"}
     merge_checkpoint(tiny.checkpoint("bert"), tmp_path / "ad", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("tying", [True, False])
+@pytest.mark.parametrize("arch", ["Llama", "Qwen3", "Bart"])
+def test_ends_that_peft_ties_are_not_left_out(arch, tying, tmp_path):
+    """PEFT gives them the embedding's change; its own model says which modules it loads."""
+    more = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8}
+    more |= {"decoder_ffn_dim": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    options = (TIED | more) if arch == "Bart" else TIED
+    config = getattr(transformers, f"{arch}Config")(**options)
+    kind = getattr(transformers, f"{arch}For{'ConditionalGeneration' if arch == 'Bart' else 'CausalLM'}")
+    table = "shared" if arch == "Bart" else "embed_tokens"
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", table], ensure_weight_tying=tying)
+    with tiny.quiet():
+        model = peft.get_peft_model(kind(config), lora)
+        torch.nn.init.normal_(model.get_input_embeddings().lora_embedding_A["default"])
+        torch.nn.init.normal_(model.get_input_embeddings().lora_embedding_B["default"])
+        model.save_pretrained(tmp_path / "a")
+    assert not any("leave out" in note for note in load_adapter(tmp_path / "a").notes)
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    stranger = "base_model.model.model.other.lora_{}.weight"
+    tensors |= {stranger.format("A"): torch.randn(2, 8), stranger.format("B"): torch.randn(8, 2)}
+    save_file(tensors, tmp_path / "a/adapter_model.safetensors")
+    assert any("leave out 1 of" in note for note in load_adapter(tmp_path / "a").notes)

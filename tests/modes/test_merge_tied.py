@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tied_models import BART, FAMILIES, PLAIN, H, V, base_of, config_of, gemma3, inputs_of, logits, reloaded
 
@@ -305,6 +306,42 @@ def test_without_transformers_unknown_names_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", _without_transformers(builtins.__import__))
     with pytest.raises(SiteError, match="transformers is not installed"):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+MARIAN = BART | {"pad_token_id": 1, "decoder_start_token_id": 1}
+# Whose input embedding follows another one, and whose does not; rows of the input embedding, and of one end.
+ROWS = {
+    "Marian, a list": ("MarianMTModel", MARIAN, [3, 5]),
+    "Marian, by name": ("MarianMTModel", MARIAN, {"encoder.embed_tokens": [3, 5]}),
+    "Marian, another end": ("MarianMTModel", MARIAN, {"decoder.embed_tokens": [3, 5]}),
+    "BART, a list": ("BartForConditionalGeneration", BART, [3, 5]),
+    "BART, one end": ("BartForConditionalGeneration", BART, {"encoder.embed_tokens": [3, 5]}),
+    "BART, the head": ("BartForConditionalGeneration", BART, {"lm_head": [3, 5]}),
+    "BERT, a list": ("BertForMaskedLM", FAMILIES["BertForMaskedLM"][0], [3, 5]),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_of_the_input_embedding_are_those_of_all_ends(case, tmp_path):
+    """As PEFT's unmerged model, which leaves out a tied head's bias: its own merge adds that again."""
+    kind, options, rows = ROWS[case]
+    model = base_of(kind, config_of(kind, options), tmp_path / "base")
+    has_bias = kind.startswith("Bert")
+    if has_bias:
+        torch.nn.init.normal_(model.cls.predictions.bias)
+        model.save_pretrained(tmp_path / "base")
+    linear = "query" if has_bias else "q_proj"
+    expected = trained(model, tmp_path / "adapter", [linear], trainable_token_indices=rows)
+    report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    actual = reloaded(kind, tmp_path / "out", model)
+    if has_bias:
+        assert tiny.relative_error(actual, expected) > 0.01
+        with tiny.quiet():
+            plain = type(model).from_pretrained(tmp_path / "base").eval()
+            theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload()
+            expected = logits(theirs, inputs_of(model))
+    assert tiny.relative_error(actual, expected) <= 2e-6
+    assert any("PEFT leaves out" in note for note in report.plan.notes) == has_bias
 
 
 CAUSAL = PLAIN | {"intermediate_size": 24, "num_key_value_heads": 1}

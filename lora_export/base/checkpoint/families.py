@@ -29,7 +29,7 @@ def is_conv1d(config: Mapping[str, Any], path: str, fan_in_fan_out: bool) -> boo
 
     Args:
         config: The base's config.
-        path: Path of the module.
+        path: Path of the module in the base; an adapter may have underscores for its dots.
         fan_in_fan_out: Value in the adapter's config. PEFT writes the value of the module that it replaced
             last, and corrects it for each module by its class (``tuners/lora/model.py``); it decides only if
             the class is unknown.

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_export.adapter import Kind
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.layer_counts import refuse_many_layers
 from lora_export.base.checkpoint.own_code import model_class, never_asked, why_not_built
@@ -75,6 +76,18 @@ def _folder_of(checkpoint: Checkpoint, changed: Mapping[str, Any] | None) -> Ite
     with scratch_folder() as folder:
         (folder / "config.json").write_text(json.dumps(changed), "utf-8")
         yield folder
+
+
+def kind_of(module: Any) -> Kind | None:
+    """Return the kind of a PyTorch module as adapters know it; None for any other class."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Linear | Conv1D):
+        return "linear"
+    return "conv" if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
 
 
 class LoadedNames:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.meta_model import LoadedNames, build_model
+from lora_export.base.checkpoint.meta_model import LoadedNames, build_model, kind_of
 from lora_export.errors import install_line
 from lora_export.formats.reading.wrappers import strip_wrappers
 from lora_export.sites.experts import Held
@@ -137,6 +137,14 @@ class Names:
             self._held[parameter] = self._look_up(parameter)
         return self._held[parameter]
 
+    def stored(self, parameter: str) -> tuple[tuple[int, ...], bool] | None:
+        """Return a stored parameter's shape, and True if its module has a bias; None if it is unknown."""
+        parts = self.find(parameter)
+        shape = self._shape(parts) if parts else None
+        if shape is None:
+            return None
+        return shape, f"{parts[0].tensor.rpartition('.')[0]}.bias" in self._checkpoint.tensors
+
     def _look_up(self, parameter: str) -> Held | None:
         shapes = self._shapes
         names: list[str] = [parameter] if parameter in shapes else []
@@ -146,7 +154,7 @@ class Names:
         found = set()
         for name in names:
             owner = self._model[0].get_submodule(name.rpartition(".")[0])
-            found.add(Held(shapes[name], bool(getattr(owner, "is_transposed", False))))
+            found.add(Held(shapes[name], bool(getattr(owner, "is_transposed", False)), kind_of(owner)))
         if found:
             return found.pop() if len(found) == 1 else None
         parts = self.find(parameter)

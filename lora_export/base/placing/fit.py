@@ -59,7 +59,7 @@ def fit_weight(
                 rows_hint(config, parameter, shape, module.weight_shape, may_resize=may_resize),
             )
         )
-    transposed = turned and (not same or is_conv1d(config, module.path, fan_in_fan_out))
+    transposed = turned and (not same or is_conv1d(config, tensor.name.rpartition(".")[0], fan_in_fan_out))
     if part.transposed:
         raise NoPlace(
             Refusal("operator", f"{tensor.name} holds the transpose of it, by transformers' conversion")

@@ -67,6 +67,10 @@ class Lookup:
         """Return the layout of a parameter in the model's own module; see `Names.held`."""
         return self._names.held(parameter)
 
+    def stored(self, parameter: str) -> tuple[tuple[int, ...], bool] | None:
+        """Return a stored parameter's shape, and True if its module has a bias; see `Names.stored`."""
+        return self._names.stored(parameter)
+
     @cached_property
     def ties(self) -> Ties:
         """The base's ties."""

@@ -40,8 +40,14 @@ from lora_export.formats.reading.whole_copies import Reach, reach_of
 from lora_export.formats.schemes import fitted
 from lora_export.plan import Plan, PlanRow, Refusal, unaccounted
 from lora_export.sites.experts import settle as settle_layout
+from lora_export.sites.kinds import settle_kinds, unsettled_kind
 from lora_export.sites.naming.names import Named
 from lora_export.storage.patch import Patch, Placement, patch_from, replacement
+
+_BIAS_IN_GRAPH = (
+    "merge it into a graph (lora-export merge-onnx), where the product gets a bias, or keep it beside the "
+    "weights (swap-onnx)"
+)
 
 
 @dataclass(frozen=True)
@@ -140,9 +146,10 @@ class _Placer:
             self._hints += [f"for '{adapter.name}': {hint}", SHARED] if shared else [hint]
 
     def settled(self, adapter: Adapter) -> Adapter:
-        """Return the adapter with the layout of this base's experts."""
+        """Return the adapter with the layout of this base's experts, and the kinds of its modules."""
         adapter, notes = settle_layout(adapter, self._lookup.held)
-        self._notes += notes
+        adapter, kinds = settle_kinds(adapter, self._lookup.held, self._lookup.stored)
+        self._notes += [*notes, *kinds]
         return adapter
 
     def place(
@@ -285,7 +292,7 @@ class _Placer:
             if problem.refusal.kind != "not found":
                 raise
             why = "lora_bias needs a bias to be added to, and the base has none here"
-            raise NoPlace(Refusal("not found", why)) from None
+            raise NoPlace(Refusal("not found", why, _BIAS_IN_GRAPH)) from None
         if self._ledger.tensor(name).shape != bias.shape:
             shape = self._ledger.tensor(name).shape
             raise NoPlace(Refusal("shape", f"{name} has shape {shape}, lora_bias {bias.shape}"))
@@ -351,6 +358,8 @@ class _Placer:
 
     def _fit(self, module: LoraModule, adapter: Adapter, part: Part, span: tuple[int, int]) -> Fitted:
         """Return the placements of canonical rows ``span`` in a stored tensor; raise NoPlace if none fits."""
+        if refusal := unsettled_kind(module, self._lookup.held):
+            raise NoPlace(refusal)
         tensor = self._ledger.tensor(part.tensor)
         if module.kind != "parameter":
             return fit_weight(

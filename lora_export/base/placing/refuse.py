@@ -128,6 +128,8 @@ def _trained_on(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> str:
     names = {adapter.base_model for adapter in adapters if adapter.base_model}
     others = sorted(name for name in names if Path(name).absolute() != checkpoint.folder.absolute())
     if names and not others:
-        return "give the base as it was when the adapter was trained: this folder has changed since"
+        return (
+            "the adapter names this very folder as its base: if it has changed since, give it as it was then"
+        )
     told = f", {', '.join(others)}" if others else ""
     return f"give the base that the adapter was trained on{told}"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from lora_export.base.checkpoint.quantised import Quantised
 from lora_export.base.checkpoint.vocabulary import resize_hint, why_not_resized
 from lora_export.base.placing.ledger import Ledger
-from lora_export.base.ties.tied_changes import alike, spread
-from lora_export.base.ties.ties import FLAG, TOGETHER, Tie, Ties
+from lora_export.base.ties.tied_changes import alike, replaces, spread
+from lora_export.base.ties.ties import BESIDE, FLAG, TOGETHER, Tie, Ties
 from lora_export.plan import Refusal
 
 
@@ -49,6 +49,7 @@ def settle(
     touched = list(dict.fromkeys(tie for name in names if (tie := ties.of(name)) is not None))
     for tie in touched:
         result.copies += _spread(ledger, tie)
+        result.notes += _biases_left_out(ledger, tie, ties)
     growing = set(ledger.resized)
     if growing:
         _settle_rows(ledger, result)
@@ -100,6 +101,25 @@ def _spread(ledger: Ledger, tie: Tie) -> list[tuple[int, str, str]]:
     return found.copies
 
 
+def _biases_left_out(ledger: Ledger, tie: Tie, ties: Ties) -> list[str]:
+    """Return a note for each head that PEFT computes without its bias, because rows of its weight change.
+
+    Source: PEFT 0.21, ``tuners/trainable_tokens/layer.py``: ``F.linear(input=x, weight=W)``.
+    """
+    notes = []
+    for name in tie.tensors.values():
+        bias = f"{name.rpartition('.')[0]}.bias"
+        has_bias = bias in ledger.checkpoint.tensors or ties.of(bias) is not None
+        if has_bias and any(
+            change.is_for_all and replaces(change) for change in ledger.changes.get(name, ())
+        ):
+            notes.append(
+                f"{name}: PEFT leaves out {bias} while an adapter with single rows is active; the merged "
+                "model adds it, as PEFT's own merge does"
+            )
+    return notes
+
+
 def _change_alike(ledger: Ledger, tie: Tie) -> bool:
     first, *others = (ledger.changes.get(name, []) for name in tie.tensors.values())
     return all(alike(first, changes) for changes in others)
@@ -118,7 +138,8 @@ def _part(ledger: Ledger, tie: Tie, ties: Ties, quantised: Quantised) -> bool:
     elif tie.refusal or codes:
         why = tie.refusal or f"{codes[0]} is quantised, and codes can't be stored twice"
         reason = f"{' and '.join(names)} share one weight and would differ; {why}"
-        refusal = Refusal("tied", reason, tie.hint or TOGETHER)
+        was_tied = any(change.is_tied for name in names for change in ledger.changes.get(name, ()))
+        refusal = Refusal("tied", reason, tie.hint or (BESIDE if was_tied else TOGETHER))
     else:
         return True
     ledger.refuse(names, refusal)

@@ -32,8 +32,8 @@ from lora_export.errors import AdapterError
 from lora_export.formats.reading.whole_copies import reach_of
 
 _HINT = (
-    "merge one of them alone, or train the second on the merged base; PEFT stores whole embeddings and heads "
-    "beside LoRA on them unless it is told save_embedding_layers=False"
+    "{alone}, or train the second on the merged base; PEFT stores whole embeddings and heads beside LoRA on "
+    "them unless it is told save_embedding_layers=False"
 )
 # Reason for a copy that is not a change.
 UNCHANGED = "the base holds the same values"
@@ -105,6 +105,24 @@ def spread_copies(changes: Sequence[Copied], spread: Iterable[tuple[int, str, st
     ]
 
 
+def not_so(count: int) -> str:
+    """Return the message for a number of adapters that can't be merged as they are given."""
+    return "these adapters can't be merged so" if count > 1 else "this adapter can't be merged so"
+
+
+def alone_hint(weights: Iterable[float], count: int) -> str:
+    """Return the hint for adapters that can't be merged with others, or with a weight.
+
+    Args:
+        weights: Factors.
+        count: Number of adapters.
+    """
+    weighted = any(weight != 1 for weight in weights)
+    if count == 1:
+        return "merge it without --weight" if weighted else ""
+    return "merge one of them alone" + (", without --weight" if weighted else "")
+
+
 def refuse_copies(changes: Sequence[Copied], adapters: Sequence[Adapter]) -> None:
     """Raise `AdapterError` if a blend's copies break rules 2 to 4; copies of rule 1 are not among them.
 
@@ -117,7 +135,9 @@ def refuse_copies(changes: Sequence[Copied], adapters: Sequence[Adapter]) -> Non
         places[change.place].append(change)
     problems = [problem for found in places.values() if (problem := _problem(found, len(adapters)))]
     if problems:
-        raise AdapterError("these adapters can't be merged so", _HINT, list(dict.fromkeys(problems)))
+        alone = alone_hint([change.weight for change in changes], len(adapters))
+        hint = alone if len(adapters) == 1 else _HINT.format(alone=alone)
+        raise AdapterError(not_so(len(adapters)), hint, list(dict.fromkeys(problems)))
 
 
 def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequence[Adapter]) -> None:

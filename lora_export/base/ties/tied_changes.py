@@ -3,8 +3,8 @@
 A trained adapter changes the modules that its file names, and no other that shares a weight with them. PEFT
 writes both ends if it trained them as one (``ensure_weight_tying``), except for
 
-- single token rows, which stand for everything that is tied to the embedding
-  (``other.set_additional_trainable_modules``, PEFT 0.21);
+- single token rows of the model's input embedding, which stand for everything that is tied to it
+  (``other.set_additional_trainable_modules``, PEFT 0.21), also where that follows another one (Marian);
 - mlx-lm's embeddings, whose change is that of the one weight, in a file that has none for the head; and
 - copies of no module of their own, which it loads into the one weight (`formats.reading.whole_copies`).
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Array
-from lora_export.base.ties.ties import Tie
+from lora_export.base.ties.ties import BESIDE, Tie
 from lora_export.formats.reading.whole_copies import Reach
 from lora_export.plan import Refusal
 from lora_export.storage.patch import Patch
@@ -84,8 +84,8 @@ def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> Spread:
         tie: The parameters.
         changes: Tensor → its changes, in the order of the blend.
     """
-    first, *others = tie.tensors.values()
-    others += tie.apart
+    first = tie.input_tensor or next(iter(tie.tensors.values()))
+    others = [*(name for name in tie.tensors.values() if name != first), *tie.apart]
     found = {tensor: list(changes.get(tensor, ())) for tensor in (first, *others)}
     result = Spread(dict(found))
     for adapter in sorted({change.adapter for given in found.values() for change in given}):
@@ -100,10 +100,10 @@ def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> Spread:
                     reason = (
                         f"trained with ensure_weight_tying, and yet {' and '.join(found)} change differently"
                     )
-                    result.refusal = Refusal("tied", reason)
-            elif shared and not any(map(_replaces, trained)):
+                    result.refusal = Refusal("tied", reason, BESIDE)
+            elif shared and not any(map(replaces, trained)):
                 # LoRA on both of them comes from a model without the tie.
-                _add(result, tensor, [one for one in shared if not trained or _replaces(one)])
+                _add(result, tensor, [one for one in shared if not trained or replaces(one)])
     return result
 
 
@@ -139,7 +139,8 @@ def _of(adapter: int, changes: Sequence[Change]) -> list[Change]:
     return [change for change in changes if change.adapter == adapter]
 
 
-def _replaces(change: Change) -> bool:
+def replaces(change: Change) -> bool:
+    """Return True if a change puts values in place of others."""
     return change.make(np.float32).values is not None
 
 

@@ -35,10 +35,8 @@ _LANGUAGE_MODELS = ("LM", "PreTraining", "ConditionalGeneration")
 # Number of bytes compared at a time: tensors with different values differ in the first.
 _COMPARED_BYTES = 1 << 20
 # Hint for weights that have to stay one.
-TOGETHER = (
-    "train the adapter with ensure_weight_tying=True, or export the base to ONNX and keep the adapter beside "
-    "its weights (lora-export swap-onnx)"
-)
+BESIDE = "export the base to ONNX and keep the adapter beside its weights (lora-export swap-onnx)"
+TOGETHER = f"train the adapter with ensure_weight_tying=True, or {BESIDE}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,6 +50,8 @@ class Tie:
         refusal: Reason why they can't be given values of their own; empty if they can.
         hint: Hint on the base, if one helps.
         apart: Tensors that the class ties to them, but that the file holds with other values.
+        input_tensor: The one of `tensors` that is the model's input embedding, which trainers ask it for; ""
+            if that is the first, or unknown.
     """
 
     tensors: Mapping[str, str]
@@ -59,6 +59,7 @@ class Tie:
     refusal: str = ""
     hint: str = ""
     apart: tuple[str, ...] = ()
+    input_tensor: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ def _by_transformers(checkpoint: Checkpoint) -> Ties:
     held = dict(model_names(renaming, checkpoint.tensors))
     refusal = _why_together(checkpoint, model)
     ties = []
+    embedding = _input_embedding(model)
     for names in groups.values():
         stored = [held[name] for name in names if name in held]
         if not stored:
@@ -182,8 +184,25 @@ def _by_transformers(checkpoint: Checkpoint) -> Ties:
         as_loaded = all(held.get(name, name) == name for name in names)
         tensors = {n: held.get(n) or (n if as_loaded else renaming.stored(n)) for n in names}
         one = {name: tensor for name, tensor in tensors.items() if tensor not in apart}
-        ties.append(Tie(tensors=one, source=stored[0], refusal=refusal, apart=tuple(apart)))
+        ties.append(
+            Tie(
+                tensors=one,
+                source=stored[0],
+                refusal=refusal,
+                apart=tuple(apart),
+                input_tensor=one.get(embedding, ""),
+            )
+        )
     return Ties(tuple(ties))
+
+
+def _input_embedding(model: Any) -> str:
+    """Return the path of the input embedding's weight; "" if the model names none."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        return ""
+    return next((f"{path}.weight" for path, module in model.named_modules() if module is embedding), "")
 
 
 def _hold_one(checkpoint: Checkpoint, one: str, two: str) -> bool:

@@ -70,6 +70,8 @@ def read_converted(source: Source, options: Options, format: str, config: Mappin
             parts, float(lora_a.shape[0] or 1) if lora_a is not None else 1.0, False, table.problems
         )
         if module:
+            known = module.kind == "conv" or "kinds" in config
+            module = replace(module, kind_by="file" if known else "name")
             modules[module.key] = _with_scale(module, scale, table.problems)
     raise_problems(source, table.problems, "convert the original adapter again")
     notes = []

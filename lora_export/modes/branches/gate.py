@@ -22,6 +22,8 @@ from lora_export.modes.branches.batch.rows import Rows
 
 _INSTEAD = "train the adapters without this module, or change them between runs (lora-export swap-onnx)"
 
+_IF_BATCH = "if that is the batch, give --batch-input"
+
 
 class BankGate:
     """Gate that adds the input `WEIGHTS_INPUT` ``[batch, n_slots]`` and multiplies ranks by it.
@@ -53,6 +55,7 @@ class BankGate:
         self._inputs = [value for value in graph.graph.inputs if value.shape]
         # Module → reason why its rows would get another row's adapter, and a hint.
         self._misplaced: dict[str, tuple[str, str]] = {}
+        self._modules: set[str] = set()
         self.batch_input = _batch_input(graph, batch_input)
         assert self.batch_input.shape is not None
         self.batch = self.batch_input.shape[0]
@@ -137,6 +140,7 @@ class BankGate:
         if rows is not None and rows.axis is None:
             self._refuse_moved(rows, module, x)
         self._refuse_either(module, x)
+        self._modules.add(module.name)
         known = shape is not None and self._has_batch_in_front(shape, module)
         self._refuse_misplaced(rows, module, x)
         # If the value has no rows, those of a batch in front are equal, so that none can be another's.
@@ -166,10 +170,14 @@ class BankGate:
             SiteError: There are such modules; all are listed.
         """
         if self._misplaced:
+            hints = dict.fromkeys(hint for _, hint in self._misplaced.values())
+            if self._modules - set(self._misplaced):
+                # With another input as the batch, those that have this one in front would be misplaced.
+                hints = dict.fromkeys(self._two_batches(hint) for hint in hints)
             raise SiteError(
                 f"{len(self._misplaced)} modules read activations without the batch in front: a bank takes "
                 "the batch's rows in their order, outermost along the first axis",
-                "; ".join(dict.fromkeys(hint for _, hint in self._misplaced.values())),
+                "; ".join(hints),
                 [reason for reason, _ in self._misplaced.values()],
             )
 
@@ -326,11 +334,21 @@ class BankGate:
             self._misplaced.setdefault(module.name, (reason, self._other_batch(first)))
         return False
 
+    def _two_batches(self, hint: str) -> str:
+        """Return what helps in place of a hint that names another input as the batch."""
+        if not hint.startswith(_IF_BATCH):
+            return hint
+        mine, other = self.batch_input.name, hint.removeprefix(_IF_BATCH).strip()
+        return (
+            f"a bank has one batch, and other modules have that of {mine} in front: if the rows of {mine} "
+            f"and {other} belong together, export the graph with one name for both axes, else {_INSTEAD}"
+        )
+
     def _other_batch(self, first: ir.SymbolicDim | int) -> str:
         """Return a hint for an activation whose first axis is not the batch's."""
         others = [str(value.name) for value in self._inputs if value.shape and value.shape[0] == first]
         if others and first != self.batch:
-            return f"if that is the batch, give --batch-input {' or '.join(others)}"
+            return f"{_IF_BATCH} {' or '.join(others)}"
         batch = self.batch
         if isinstance(first, int) and isinstance(batch, int) and batch < first and first % batch == 0:
             return (

@@ -66,7 +66,8 @@ def place_branches(
     flattened, scope = (adapter.flattened, adapter.scope) if adapter else (False, None)
     sites, misses = resolver.resolve(wanted, flattened, scope)
     sites, misses = restore_biases(sites, misses, resolver.weight_of)
-    misses += _unsuited_of(targets, dora)
+    found, sites = sites, [site for site in sites if not _unsuited(site.target, dora)]
+    misses += _unsuited_of([*targets, *(site.target for site in found if site not in sites)], dora)
     unchanged = [site for site in sites if site.target.action == "replace" and holds(site)]
     biases = [site for site in sites if site.target.kind == "vector" and site not in unchanged]
     weights = [site for site in sites if site not in unchanged and site not in biases]
@@ -174,7 +175,7 @@ def _unsuited(target: Target, dora: bool) -> Refusal | None:
     """Return the reason why a target can't be exposed as a low-rank branch; None if it can."""
     if target.experts > 1:
         return Refusal("merge only", "stacked experts are not exposed")
-    if target.module is not None and target.module.everywhere:
+    if target.module is not None and target.module.everywhere and target.module.kind_by == "file":
         return Refusal("merge only", EVERYWHERE)
     if target.module is not None and target.module.has_dora and not dora:
         return Refusal("dora", "DoRA has a factor on the whole product")

@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 
 from lora_export.adapter import Adapter
+from lora_export.base.ties.copies import alone_hint, not_so
 from lora_export.errors import AdapterError
 from lora_export.formats.given import AdapterLike, load_given
+
+_MADE_FROM = "give the adapter that it was made from"
 
 
 def check_blend(
@@ -48,7 +51,7 @@ def check_blend(
         if computed:
             problems.append(
                 f"{adapter.name}: DoRA, converted for a graph ({len(computed)} modules): "
-                "its factors hold for the exposed tensors only; give the adapter that it was made from"
+                f"its factors hold for the exposed tensors only; {_MADE_FROM}"
             )
         dora = [module.path for module in adapter.modules.values() if module.magnitude is not None]
         if dora and not plain:
@@ -63,8 +66,8 @@ def check_blend(
             )
     if problems:
         raise AdapterError(
-            "these adapters can't be merged so",
-            "merge one of them alone" + (", without --weight" if any(f != 1 for f in factors) else ""),
+            not_so(len(loaded)),
+            alone_hint(factors, len(loaded)) or _MADE_FROM,
             problems,
         )
     return loaded, factors

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
+from lora_export.base.checkpoint.meta_model import kind_of
 from lora_export.base.checkpoint.names import Part
 from lora_export.errors import AdapterError
 from lora_export.formats.reading.whole_copies import reach_of
 from lora_export.formats.schemes import fitted
 from lora_export.plan import Refusal
-from lora_export.runtimes.torch.places import NoPlace, Owner, Places
+from lora_export.runtimes.torch.places import TRAINED_ON, NoPlace, Owner, Places
 from lora_export.runtimes.torch.products import Hook, changed, hook_of, tensor_of
 from lora_export.sites.experts import Held, settle
+from lora_export.sites.kinds import settle_kinds
 
 if TYPE_CHECKING:
     import torch
@@ -65,13 +67,13 @@ class Bound:
     paths: Mapping[str, str]
 
 
-def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Bound, list[str]]:
-    """Return an adapter bound to a model, and a line for each part that is not found or does not fit."""
+def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Bound, dict[str, str]]:
+    """Return an adapter bound to a model, and line → hint for each part that is not found or does not fit."""
     import torch
 
     adapter = fitted(adapter, places.known, [])
     finder = places.finder(adapter)
-    problems = [f"{path}: {problem}; {MERGE_ROWS}" for path, problem in token_rows_problems(adapter)]
+    problems = {f"{path}: {problem}": MERGE_ROWS for path, problem in token_rows_problems(adapter)}
     branches = []
 
     def locate(
@@ -79,7 +81,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
     ) -> tuple[str, Owner, Part | None]:
         found = finder.find(parameter, action, component)
         if isinstance(found, Refusal):
-            raise NoPlace(found.detail)
+            raise NoPlace(found.detail, found.hint or TRAINED_ON)
         name, part = found
         path, _, leaf = name.rpartition(".")
         return path, Owner(model.get_submodule(path), leaf), part
@@ -90,9 +92,9 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
         except NoPlace:
             return None
         transposed = bool(getattr(owner.module, "is_transposed", False))
-        return Held(tuple(owner.get().shape), transposed) if part is None else None
+        return Held(tuple(owner.get().shape), transposed, kind_of(owner.module)) if part is None else None
 
-    adapter, _ = settle(adapter, held)
+    adapter, _ = settle_kinds(settle(adapter, held)[0], held)
     copies: dict[Owner, torch.Tensor] = {}
     # A module's own copies come last: they override the replacement of a shared weight.
     own_last = sorted(adapter.extras.items(), key=lambda extra: reach_of(adapter, extra[0]) == "one")
@@ -104,7 +106,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
                 _replaced_by(adapter, path, owner=owner, model=model, tensor=tensor, copies=copies), tensor
             )
         except NoPlace as problem:
-            problems.append(f"{path}  {problem}")
+            problems[f"{path}  {problem}"] = problem.hint
     extras = [(owner, tensor) for owner, tensor in copies.items() if not torch.equal(owner.get(), tensor)]
     for lora in adapter.modules.values():
         try:
@@ -114,7 +116,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
             )
             branches += _at_tied_heads(model, branches[-1], adapter)
         except NoPlace as problem:
-            problems.append(f"{lora.path}  {problem}")
+            problems[f"{lora.path}  {problem}"] = problem.hint
     paths = {branch.lora.path: branch.where for branch in branches}
     return Bound(adapter, tuple(branches), tuple(extras), paths), problems
 
@@ -244,8 +246,8 @@ def _replaced_by(
         return [owner]
     if reach == "unknown" and not torch.equal(shared, tensor):
         raise NoPlace(
-            "the model ties it to others, and no config says whether the copy is of all of them: put "
-            "adapter_config.json beside the file"
+            "the model ties it to others, and no config says whether the copy is of all of them",
+            "put the adapter's adapter_config.json beside its file",
         )
     if any(one in copies and not torch.equal(copies[one], tensor) for one in owners):
         raise NoPlace("the model ties it to others, for which the adapter has a copy with other values")

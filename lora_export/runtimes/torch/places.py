@@ -26,8 +26,20 @@ if TYPE_CHECKING:
     import torch
 
 
+TRAINED_ON = "give the base that the adapter was trained on"
+
+
 class NoPlace(Exception):
-    """A part of an adapter can't be applied to the model; the message says why. Caught in `hooks.bind`."""
+    """A part of an adapter can't be applied to the model; the message says why. Caught in `hooks.bind`.
+
+    Args:
+        text: The reason.
+        hint: Remedy.
+    """
+
+    def __init__(self, text: str, hint: str = TRAINED_ON) -> None:
+        super().__init__(text)
+        self.hint = hint
 
 
 @dataclass(frozen=True)

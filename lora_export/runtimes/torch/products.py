@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_export.adapter import Array, LoraModule
+from lora_export.adapter import MERGE_ROWS, Array, LoraModule
+from lora_export.base.checkpoint.meta_model import kind_of
 from lora_export.base.checkpoint.names import Part
-from lora_export.runtimes.torch.places import NoPlace, Owner
+from lora_export.runtimes.torch.places import TRAINED_ON, NoPlace, Owner
 from lora_export.sites.experts import Held, unsettled
+from lora_export.sites.kinds import unsettled_kind
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +69,9 @@ def hook_of(lora: LoraModule, owner: Owner, part: Part | None) -> Hook | None:
 
     module = owner.module
     if lora.scale is not None:
-        raise NoPlace("DoRA, converted for a graph: give the adapter that it was made from")
+        raise NoPlace("DoRA, converted for a graph", "give the adapter that it was made from")
+    if refusal := unsettled_kind(lora, lambda _: Held(tuple(owner.get().shape), None, kind_of(module))):
+        raise NoPlace(refusal.detail, refusal.hint or TRAINED_ON)
     plain = lora.parameter == "weight" and part is None and lora.kind != "parameter"
     if plain and isinstance(module, nn.Embedding):
         return _embedding(lora, owner)
@@ -76,7 +80,7 @@ def hook_of(lora: LoraModule, owner: Owner, part: Part | None) -> Hook | None:
     if plain and isinstance(module, nn.Linear | Conv1D):
         return _linear(lora, owner, isinstance(module, Conv1D))
     if lora.magnitude is not None or lora.lora_bias is not None:
-        raise NoPlace(f"DoRA or a LoRA bias on a {type(module).__name__} is not supported")
+        raise NoPlace(f"DoRA or a LoRA bias on a {type(module).__name__} is not supported", MERGE_ROWS)
     _orientation(lora, owner, part)
     return None
 
@@ -117,7 +121,7 @@ def _convolution(lora: LoraModule, owner: Owner) -> Hook:
     if module.groups > 1 and lora.groups == 1:
         raise NoPlace(f"the model's convolution has {module.groups} groups, the adapter's factors one")
     if lora.magnitude is not None and lora.groups > 1:
-        raise NoPlace("DoRA on a convolution with groups is not supported")
+        raise NoPlace("DoRA on a convolution with groups is not supported", MERGE_ROWS)
     ones = (1,) * len(kernel)
     a = tensor_of(lora.lora_a).to(weight.dtype).reshape(-1, module.in_channels, *kernel)
     b = tensor_of(lora.lora_b).to(weight.dtype)
@@ -287,7 +291,7 @@ def _parameter_turned(lora: LoraModule, seen: tuple[int, ...], part: Part | None
     rows, cols = lora.matrix_shape
     rows = rows if part is None else rows // part.piece[1]
     if refusal := unsettled(lora, Held(seen, None)):
-        raise NoPlace(refusal.detail)
+        raise NoPlace(refusal.detail, refusal.hint or TRAINED_ON)
     if seen != (rows, cols):
         raise NoPlace(f"the model holds matrices {seen}, the adapter fits {(rows, cols)}")
     return False

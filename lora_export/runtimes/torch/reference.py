@@ -287,15 +287,15 @@ class TorchReference:
 
 def _bind_all(model: Any, adapters: Mapping[str, Adapter], folder: Path | None) -> dict[str, Bound]:
     places = Places(model, folder)
-    bound, problems = {}, []
+    bound, problems = {}, dict[str, str]()
     for name, adapter in adapters.items():
         bound[name], found = bind(model, adapter, places)
-        problems += [f"{name}: {problem}" for problem in found]
+        problems |= {f"{name}: {problem}": hint for problem, hint in found.items()}
     if problems:
         raise AdapterError(
             f"{len(problems)} parts of adapters don't fit {folder or type(model).__name__}",
-            "give the base that the adapter was trained on",
-            problems,
+            "; ".join(dict.fromkeys(problems.values())),
+            list(problems),
         )
     return bound
 

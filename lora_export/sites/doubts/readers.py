@@ -19,6 +19,7 @@ from lora_export.sites.naming.evidence import (
 )
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Site, Target
+from lora_export.sites.uses import has_body
 
 _CALL = re.compile(r"_\d+")
 
@@ -120,6 +121,8 @@ def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
     for use in uses:
         if use.root is not part.root or (id(use.node), use.slot.index) in mine:
             continue
+        if has_body(use.node):
+            return f"is also given to {use.node.op_type} as an input: what reads it in there is not followed"
         module = module_of(use.node)
         # If one reader is a table and the other a matrix, they are different modules with a tied weight.
         tied = {*kinds, use.slot.kind} == {"embedding", "linear"} and not use.refusal

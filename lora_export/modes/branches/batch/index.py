@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.modes.branches.batch.rows import SAME, Flow, Rows
+from lora_export.modes.branches.batch.rows import SAME, Flow, Rows, moved_by
 from lora_export.untrusted.computed import MAX_ELEMENTS, NODE_WORK, Budget, UncomputedError
 from lora_export.untrusted.computed import computed as values_of
 
@@ -43,6 +43,8 @@ _MAX_NUMBERED, _MAX_ALL_NUMBERED = 1 << 24, 1 << 30
 _MAX_CHAIN = 100
 # Sizes to compute with if they have no number: the batch's, and that of any other axis.
 _PROBES = ((3, 7), (5, 11))
+# Lengths to see whether a number divides a size that is not known.
+_LENGTHS = (7, 720)
 # Numbers to fill in: one number; or along the last axis a one followed by zeros, and only ones if that axis
 # holds nothing but rows.
 Fill = Literal[0, 1, 2, "first"]
@@ -255,16 +257,23 @@ def rows_of_index(
 
 
 def rows_reshaped(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
-    """Return where a Reshape puts rows, by numbering the rows of a value of its sizes; None if unknown."""
+    """Return where a Reshape puts rows, by numbering the rows of a value of its sizes; None if unknown.
+
+    Where it cuts across them for some size of the batch, no axis has them in their order any more.
+    """
     source, target = node.inputs[0], node.outputs[0]
     if source is None or rows.axis is None or not rows.outermost:
         return None
+    if _cuts_rows(flow, node, rows.axis):
+        return moved_by(node)
     found: set[Rows] = set()
+    is_outside = True
     for probe in _probes(flow):
         try:
             before, after = shape_of(probe, source), shape_of(probe, target)
         except _UnknownError:
             return None
+        is_outside = is_outside and math.prod(before[: rows.axis]) == 1
         key = (before, after, rows.axis, probe.batch)
         if key not in flow.work.reshaped:
             size = math.prod(before)
@@ -276,7 +285,39 @@ def rows_reshaped(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
                 return None
             flow.work.reshaped[key] = _renumbered(*key)
         found.add(flow.work.reshaped[key])
-    return found.pop() if len(found) == 1 and SAME not in found else None
+    if SAME in found:
+        # Behind an axis of something else, rows may be inside of that along one axis.
+        return moved_by(node) if is_outside else None
+    return found.pop() if len(found) == 1 else None
+
+
+def _cuts_rows(flow: Flow, node: ir.Node, axis: int) -> bool:
+    """Return True if a Reshape to numbers and one open axis (-1) does not keep rows together.
+
+    The open axis would have to hold whole rows, or equal pieces of each, for every size of the batch. Sizes
+    that are not known may be multiples of anything.
+    """
+    source, target = node.inputs[0], node.inputs[1]
+    if isinstance(flow.batch, int) or source is None or target is None:
+        return False
+    for other in _LENGTHS:
+        probes = [Probe(flow, batch, other, 0) for batch, _ in _PROBES]
+        try:
+            sizes, *more = [[int(size) for size in probe.compute(target).reshape(-1)] for probe in probes]
+            before = shape_of(probes[0], source)
+        except _UnknownError:
+            return False
+        if sizes.count(-1) != 1 or any(sizes != others for others in more) or 0 in sizes[axis : axis + 1]:
+            return False
+        sizes = [size or before[place] for place, size in enumerate(sizes) if size or place < len(before)]
+        if 0 in sizes:
+            return False
+        place = sizes.index(-1)
+        outside = math.prod(before[:axis])
+        inside = math.prod(before[axis:]) // probes[0].batch
+        if outside % math.prod(sizes[:place]) == 0 and inside % math.prod(sizes[place + 1 :]) == 0:
+            return False
+    return True
 
 
 def _renumbered(before: tuple[int, ...], after: tuple[int, ...], place: int, batch: int) -> Rows:
