@@ -64,7 +64,17 @@ _KINDS = {
         "INT",
     ),
     **dict.fromkeys(("alpha", "beta"), "FLOAT"),
+    **dict.fromkeys(("body", "then_branch", "else_branch"), "GRAPH"),
     "perm": "INTS",
+}
+# How many inputs we read at least of operators for which the onnx package has no schemas.
+_INPUTS = {
+    **dict.fromkeys(("BiasGelu", "CastLike", "FastGelu", "Gelu", "QuickGelu", "RotaryEmbedding"), 1),
+    **dict.fromkeys(("Attention", "DequantizeLinear", "FusedConv", "FusedGemm", "FusedMatMul"), 2),
+    **dict.fromkeys(("GemmFastGelu", "NhwcConv", "QuantizeLinear", "SimplifiedLayerNormalization"), 2),
+    **dict.fromkeys(("DynamicQuantizeMatMul", "GatherBlockQuantized", "MatMulBnb4", "MatMulNBits"), 3),
+    **dict.fromkeys(("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), 3),
+    "MatMulIntegerToFloat": 4,
 }
 
 
@@ -203,7 +213,7 @@ def _name_of(node: ir.Node) -> str:
 
 
 def _broken(node: ir.Node, schema: _Schema | None) -> Iterator[str]:
-    kinds = schema.kinds if schema else _KINDS
+    kinds = _KINDS | (schema.kinds if schema else {})
     for attribute in node.attributes.values():
         kind = kinds.get(attribute.name)
         if attribute.type == ir.AttributeType.UNDEFINED:
@@ -218,7 +228,11 @@ def _broken(node: ir.Node, schema: _Schema | None) -> Iterator[str]:
             yield f"the attribute {attribute.name} is {attribute.value}, wanted an element type of ONNX"
         elif attribute.type == ir.AttributeType.TENSOR:
             yield from _tensor_problems(attribute.value, shown(attribute.name, _NAME))
+    yield from _broken_branches(node)
     if schema is None:
+        is_ours = node.domain in ("", "ai.onnx", "com.microsoft")
+        if is_ours and len(node.inputs) < (least := _INPUTS.get(node.op_type, 0)):
+            yield f"{len(node.inputs)} inputs, wanted at least {least}"
         return
     if len(node.outputs) < schema.outputs:
         yield f"{len(node.outputs)} outputs, wanted at least {schema.outputs}"
@@ -227,6 +241,15 @@ def _broken(node: ir.Node, schema: _Schema | None) -> Iterator[str]:
         yield f"no input {', '.join(map(str, missing))}, which the operator needs"
     if absent := [name for name in schema.required if name not in node.attributes]:
         yield f"no attribute {', '.join(absent)}, which the operator needs"
+
+
+def _broken_branches(node: ir.Node) -> Iterator[str]:
+    for name in ("then_branch", "else_branch"):
+        attribute = node.attributes.get(name)
+        if attribute is not None and attribute.type == ir.AttributeType.GRAPH:
+            count = len(attribute.as_graph().outputs)
+            if count != len(node.outputs):
+                yield f"{name} has {count} outputs, wanted {len(node.outputs)}"
 
 
 def _is_type(number: int) -> bool:
@@ -253,9 +276,11 @@ class _Schema:
 def _schema(domain: str, op_type: str, version: int) -> _Schema | None:
     from onnx import defs
 
-    try:
-        found = defs.get_schema(op_type, version, domain) if version > 0 else defs.get_schema(op_type, domain)
-    # The onnx package does not know the operator, at this version or at all.
-    except Exception:
-        return None
-    return _Schema(found)
+    # An operator that the onnx package does not know at this version is read as the newest one that it knows.
+    for newest in (False, True):
+        try:
+            versions = () if newest or version <= 0 else (version,)
+            return _Schema(defs.get_schema(op_type, *versions, domain))
+        except Exception:  # onnx raises its own
+            continue
+    return None
