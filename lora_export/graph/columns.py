@@ -61,9 +61,9 @@ def depend_on_columns(reach: Reach, columns: Columns, budget: Budget | None = No
     """Return whether an output depends on columns of a value; True also if this can't be told.
 
     Args:
-        reach: What the graph's outputs depend on.
+        reach: Values that the graph's outputs depend on.
         columns: The columns.
-        budget: What is left for the graph, of `MAX_FOLLOWED`; None if this is all of it.
+        budget: Rest of `MAX_FOLLOWED` for the graph; None if this is the only search.
     """
     try:
         return _is_reached(reach, columns, budget or Budget(MAX_FOLLOWED))

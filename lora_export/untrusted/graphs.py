@@ -130,7 +130,8 @@ def function_problems(model: ir.Model) -> list[str]:
         return counts[name]
 
     total = count(model.graph.all_nodes(), ())
-    own = sum(1 for graph in (model.graph, *model.functions.values()) for _ in graph.all_nodes())
+    own = sum(1 for _ in model.graph.all_nodes())
+    own += sum(1 for function in model.functions.values() for _ in function.all_nodes())
     if total > MAX_NODES:
         problems.append(f"with its functions inlined it has more than {MAX_NODES} nodes")
     elif total > _TIMES * own + _BEYOND:
@@ -279,8 +280,9 @@ def _schema(domain: str, op_type: str, version: int) -> _Schema | None:
     # An operator that the onnx package does not know at this version is read as the newest one that it knows.
     for newest in (False, True):
         try:
-            versions = () if newest or version <= 0 else (version,)
-            return _Schema(defs.get_schema(op_type, *versions, domain))
+            if newest or version <= 0:
+                return _Schema(defs.get_schema(op_type, domain))
+            return _Schema(defs.get_schema(op_type, version, domain))
         except Exception:  # onnx raises its own
             continue
     return None

@@ -2,8 +2,8 @@
 
 Optimisers (onnxsim, onnxslim, ONNX Runtime) compute every node whose inputs are constants. A module that is
 called on its input and on a table of the model (DeBERTa's positions) then has its weight in the graph for one
-call and an answer for the other; an adapter would not change the answer. Further layers may have made of it
-what has any size. Nothing in the graph tells what an answer was computed from, so a constant is a suspect if
+call and an answer for the other; an adapter would not change the answer. Behind further layers it may have
+any size. Nothing in the graph tells what an answer was computed from, so a constant is a suspect if
 
 1. neither its name nor the exporter's metadata says that it is a parameter; without a checkpoint, only if its
    name is that of a node's output (``/encoder/layer.0/attention/self/Transpose_6_output_0``, ``tanh_1``);
@@ -13,7 +13,7 @@ what has any size. Nothing in the graph tells what an answer was computed from, 
 4. the checkpoint has no parameter with its values: moved, picked, or times a factor; of a few values a
    function of a few of its own.
 
-A single number is no suspect: a graph is full of them.
+Single numbers are never suspects: a graph is full of them.
 
 Values of a parameter that the adapter changes explain nothing: they are an answer (`picked`), whatever rules
 1, 3 and 4 say.
@@ -44,7 +44,7 @@ from lora_export.sites.values.moved import FEW, moved_parameters
 # TorchScript's name for the output of a node that computes something.
 _OUTPUT = re.compile(r"/(?:[^/]+/)*(?!Constant)[^/]+_output_\d+")
 # torch.export's names for values that were computed, not moved; the exporter's metadata is gone where a tool
-# has made constants of them.
+# has turned them into constants.
 _VALUE = re.compile(
     r"(?:val|r?sub|add|mul|div|neg|abs|exp|log|sin|cos|tanh|sigmoid|relu|gelu|silu|elu|softplus|softmax|"
     r"log_softmax|pow|r?sqrt|reciprocal|square|sum|prod|mean|amax|amin|max|min|var|std|norm|linalg_vector_norm|"
