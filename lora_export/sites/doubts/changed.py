@@ -90,7 +90,7 @@ def doubt_of(target: Target, part: Part, source: str, key: str) -> str:
                 f"which module it is: a tool dropped them, and {hidden} would not show"
             )
         if not _is_own_name(target, use, key):
-            return f"{name!r} is not a name that an exporter gives to {key}: {_what(name)}"
+            return f"{name!r} is not a name that an exporter gives to {key}: {what_a_tool_did(name)}"
     return ""
 
 
@@ -129,7 +129,8 @@ def is_transposed_constant(name: str) -> bool:
     return _TRANSPOSED.fullmatch(_QUANTISED.sub("", name)) is not None
 
 
-def _what(name: str) -> str:
+def what_a_tool_did(name: str) -> str:
+    """Return what may have become of a constant with a name that no exporter gives to a parameter."""
     found = next((what for tool, what in _TOOLS if tool.search(name)), "")
     return found or "a tool may have multiplied or added something into it"
 
