@@ -10,9 +10,9 @@ the same for renamed, fused and split modules, then content (`search`). Rules:
 4. With a checkpoint, every match by name must also match by content (`proof`).
 5. Every reader of a weight is the module's, or known to be another's (`readers.doubt`).
 6. No two targets of an adapter have the same site (`conflicts`).
-7. No other constant stands for another call of the module (`copies.other_calls`, `answers`), none is read
-   in the other orientation (`turned`), none is a copy's as well (`joined`), and its product is the module's
-   (`inside`).
+7. No other constant stands for another call of the module (`copies.other_calls`, `answers`, `fused`),
+   none is read in the other orientation (`turned`), none is a copy's as well (`joined`), and its product is
+   the module's (`inside`).
 8. An output of the graph depends on a reader of the weight (`graph.reach`); else there is no site. A call on
    zeros is one of the readers, because the module's bias has an effect there.
 9. A target that is not found is a `Miss` with its reason; nothing is guessed.
@@ -34,6 +34,7 @@ from lora_export.sites.doubts.conflicts import without_conflicts
 from lora_export.sites.doubts.contained import branch_beside
 from lora_export.sites.doubts.copies import REMEDY, computed_parameters, computed_result, other_calls
 from lora_export.sites.doubts.direct import MERGE, direct_readers
+from lora_export.sites.doubts.fused import fused_answers
 from lora_export.sites.doubts.inside import marked, more_than_product
 from lora_export.sites.doubts.joined import copies_with_biases, joined_copies
 from lora_export.sites.doubts.unused import is_read, is_read_with_bias, reach_of, unused, unused_sites
@@ -164,6 +165,10 @@ class Resolver:
         }
         weights = (use for use in self.uses if use.slot.kind in _MODULES)
         remedy = _OF_BODY if in_bodies(weights, self._graph.graph) else REMEDY
+        if self._base is not None:
+            changes = {name for name in (self.weight_of.names if self.weight_of else ()) if name}
+            for key, refusal in fused_answers(sites, self.uses, self._base, changes).items():
+                lost.setdefault(key, Miss(targets[key], refusal))
         for key, why in other_calls(sites, self.uses, self._computed, modules).items():
             lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", remedy))
         for key, why in turned.other_orientations(sites, self.uses, parameters).items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -143,6 +143,15 @@ class BaseWeights(Protocol):
     @property
     def kinds(self) -> Kinds:
         """Kinds of model that it is, see `towers`."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each stored tensor whose values can be read, by name."""
+        ...
+
+    def values(self, name: str) -> Array:
+        """Return the values of one of the tensors in `shapes`."""
         ...
 
     def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> WeightOf:

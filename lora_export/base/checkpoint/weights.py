@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,19 @@ class CheckpointWeights:
         """Return the adapter with the layout of this base's experts, and notes on that."""
         return settle(adapter, self._names.held)
 
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each stored tensor whose values can be read, by name."""
+        tensors = self._checkpoint.tensors.items()
+        return {name: tensor.shape for name, tensor in tensors if not self._quantised.refusal(name)}
+
+    def values(self, name: str) -> Array:
+        """Return the values of one of the tensors in `shapes`."""
+        return self._quantised.values(name)
+
     def stored(self) -> Iterator[Array]:
         """Yield the values of each tensor that can be read."""
-        for name in self._checkpoint.tensors:
-            if not self._quantised.refusal(name):
-                yield self._quantised.values(name)
+        return map(self.values, self.shapes)
 
     def stores(self, key: str) -> bool:
         """Return True if the checkpoint has a parameter for a graph's path, up to outer names."""

@@ -92,7 +92,7 @@ def doubt_of(target: Target, part: Part, source: str, key: str) -> str:
                 f"which module it is: a tool dropped them, and {hidden} would not show"
             )
         if not _is_own_name(target, use, key):
-            return f"{name!r} is not a name that an exporter gives to {key}: {_what(name)}"
+            return f"{name!r} is not a name that an exporter gives to {key}: {what_a_tool_did(name)}"
     return ""
 
 
@@ -140,7 +140,8 @@ def _unquantised(name: str) -> str:
     return name[: codes.start()] if codes else _QUANTISED.sub("", name)
 
 
-def _what(name: str) -> str:
+def what_a_tool_did(name: str) -> str:
+    """Return what may have become of a constant with a name that no exporter gives to a parameter."""
     found = next((what for tool, what in _TOOLS if tool.search(name)), "")
     return found or "a tool may have multiplied or added something into it"
 
