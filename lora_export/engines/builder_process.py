@@ -1,8 +1,8 @@
 """Run a builder in a process of its own, so that a crash of the builder does not end its caller.
 
-``python -m lora_export.engines.builder_process JOB`` reads a job as JSON and writes lines of JSON to the
-job's pipe: ``{"phase": …, "share": …}`` during the build, at the end ``{"built": {…}}`` or ``{"failed":
-{…}}``. The builder's own messages go to the job's log file.
+``python -m lora_export.engines.builder_process JOB PARENT`` reads a job as JSON and writes lines of JSON to
+the job's pipe: ``{"phase": …, "share": …}`` during the build, at the end ``{"built": {…}}`` or
+``{"failed": {…}}``. The builder's own messages go to the job's log file.
 """
 
 from __future__ import annotations
@@ -237,10 +237,17 @@ def _peak_bytes() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
-def end_with_parent() -> None:
-    """Make the system end this process with its parent: nobody else would use the engine."""
+def end_with_parent(parent: int) -> None:
+    """Make the system end this process with its parent: nobody else would use the engine.
+
+    Args:
+        parent: Number of the process that started this one.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # It may have ended before that, while this process imported its modules.
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(job: Job) -> int:
@@ -275,7 +282,7 @@ def run(job: Job) -> int:
 
 
 if __name__ == "__main__":
-    end_with_parent()
+    end_with_parent(int(sys.argv[2]))
     # Ctrl-C on a terminal goes to both processes: the parent decides what happens to this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(run(Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -27,6 +27,7 @@ from typing import Any
 
 from lora_export.engines.record import EngineShape
 from lora_export.errors import LoraExportError, OutputError
+from lora_export.storage.folders import refuse_strangers
 from lora_export.storage.hashes import sha256_of
 from lora_export.storage.outputs import OutputSet
 from lora_export.untrusted.documents import MAX_BYTES, DocumentError, open_regular, parse_json, read_json
@@ -161,7 +162,7 @@ class EngineCache:
                 shutil.copyfile(engine, staged / _ENGINE)
                 shutil.copyfile(log, staged / _LOG)
                 (staged / _BUILT).write_text(json.dumps(built), encoding="utf-8")
-                outputs.commit()
+                outputs.commit(lambda: refuse_strangers(place, {_ENGINE, _LOG, _BUILT}, "cache entry"))
             self._make_room(key)
         except OutputError as error:
             return error.message

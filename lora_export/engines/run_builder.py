@@ -67,7 +67,7 @@ def run_worker(job: Job, graph: GraphFile, scratch: Path, kept_log: Path, progre
         os.close(writer)
         raise
     # -P: a script of the user called "tensorrt.py" must not be imported as the package.
-    command = [sys.executable, "-P", "-m", "lora_export.engines.builder_process", str(path)]
+    command = [sys.executable, "-P", "-m", "lora_export.engines.builder_process", str(path), str(os.getpid())]
     # A file, not a pipe: nobody reads stderr until the builder ends, and a full pipe would stop it.
     with (scratch / "stderr").open("wb+") as errors:
         with subprocess.Popen(

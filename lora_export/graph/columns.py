@@ -5,6 +5,8 @@ apart behind it. That the packed product is used says nothing of each of its par
 
 Followed are operators that keep columns apart and whose sizes the graph states: elementwise ones, Split,
 Slice, Gather, Reshape and Transpose. Any other operator that reads the columns counts as using them.
+
+A stranger's graph may cut a value into any number of pieces: there is a limit for following them.
 """
 
 from __future__ import annotations
@@ -15,10 +17,15 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.graph.reach import Reach
+from lora_export.untrusted.computed import Budget, UncomputedError
 
 _DEFAULT = ("", "ai.onnx")
 # Sizes, places and axes are fewer numbers than that.
 _MOST = 1 << 12
+# Limit of inputs and outputs that are looked at to follow the columns of all modules: some seconds.
+MAX_FOLLOWED = 1 << 19
+# So many numbers of a constant take as long as one input.
+_NUMBERS = 1 << 6
 # The first result has the columns of the only input that has any.
 _ELEMENTWISE = frozenset(
     {
@@ -50,18 +57,33 @@ class Columns(NamedTuple):
     rank: int | None = None
 
 
-def depend_on_columns(reach: Reach, columns: Columns) -> bool:
-    """Return whether an output depends on columns of a value; True where this can't be told."""
+def depend_on_columns(reach: Reach, columns: Columns, budget: Budget | None = None) -> bool:
+    """Return whether an output depends on columns of a value; True also if this can't be told.
+
+    Args:
+        reach: What the graph's outputs depend on.
+        columns: The columns.
+        budget: What is left for the graph, of `MAX_FOLLOWED`; None if this is all of it.
+    """
+    try:
+        return _is_reached(reach, columns, budget or Budget(MAX_FOLLOWED))
+    except UncomputedError:
+        return True
+
+
+def _is_reached(reach: Reach, columns: Columns, budget: Budget) -> bool:
     pending, seen = [columns], set()
     while pending:
         part = pending.pop()
         key = id(part.value), *part[1:]
+        budget.spend(1)
         if key in seen or part.start >= part.stop or not reach.depends_on(part.value):
             continue
         seen.add(key)
         if part.value.is_graph_output():
             return True
         for node, index in part.value.uses():
+            budget.spend(_work(node))
             if not reach.reads(node, index):
                 continue
             behind = _behind(node, index, part)
@@ -69,6 +91,15 @@ def depend_on_columns(reach: Reach, columns: Columns) -> bool:
                 return True
             pending += behind
     return False
+
+
+def _work(node: ir.Node) -> int:
+    """Return what it takes to follow columns through a node, in inputs and outputs."""
+    work = len(node.inputs) + len(node.outputs)
+    if node.op_type not in _STEPS:
+        return work
+    constants = [value.const_value for value in node.inputs if value is not None]
+    return work + sum(min(constant.size, _MOST) for constant in constants if constant is not None) // _NUMBERS
 
 
 def _behind(node: ir.Node, index: int, part: Columns) -> list[Columns] | None:

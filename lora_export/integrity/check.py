@@ -15,6 +15,7 @@ from lora_export.integrity.undescribed import files_in, matters
 from lora_export.storage.hashes import hash_file, identity_of, is_sampled
 from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import find_seal
+from lora_export.untrusted.links import leads_out
 from lora_export.untrusted.places import is_file
 
 State = Literal["ok", "sampled", "unhashed", "not described", "changed", "missing", "outside"]
@@ -24,6 +25,7 @@ _STRENGTH: tuple[State, ...] = (
     *("ok", "sampled", "unhashed", "not described"),
 )
 BROKEN: frozenset[State] = frozenset({"changed", "missing", "outside"})
+_OUTSIDE = "a set's files must be in its folder, without links out of it"
 _EARLIER = "no full hash: an earlier version wrote it"
 _MOST_FILES = 100_000
 PathLike = str | os.PathLike[str]
@@ -46,17 +48,26 @@ class FileState:
     by: list[str] = field(default_factory=list)
     details: list[str] = field(default_factory=list)
     matters: bool = False
+    # A stranger's list may name one file many times.
+    _known: set[tuple[str, str]] = field(default_factory=set, repr=False, compare=False)
 
     def add(self, state: State, by: str, detail: str = "") -> None:
         """Add a finding."""
         stronger = _STRENGTH.index(state) < _STRENGTH.index(self.state)
         if stronger:
             self.state = state
-            self.details = [] if state not in BROKEN else self.details
-        if by not in self.by:
+            if state not in BROKEN:
+                self._known -= {("detail", known) for known in self.details}
+                self.details = []
+        if self._is_new("by", by):
             self.by.append(by)
-        if detail and (stronger or state == self.state) and detail not in self.details:
+        if detail and (stronger or state == self.state) and self._is_new("detail", detail):
             self.details.append(detail)
+
+    def _is_new(self, kind: str, text: str) -> bool:
+        count = len(self._known)
+        self._known.add((kind, text))
+        return len(self._known) > count
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,8 @@ class _Check:
 
     Attributes:
         progress: Function called with the number of bytes just read.
-        states: States of the files, by real path.
+        states: States of the files, by name in the real folder: a link is a file of its own, since programs
+            load by names.
         compared: Number of compared hashes.
     """
 
@@ -193,6 +205,10 @@ class _Check:
         self._seen.add(known)
         state = self._state(path)
         state.matters |= matters(path, given if given.is_dir() else path.parent)
+        if given.is_dir() and leads_out(path, given):
+            if state.matters:
+                state.add("outside", path.name, _OUTSIDE)
+            return
         seal, is_broken = find_seal(path), False
         if seal is not None:
             self.compared += 1
@@ -218,8 +234,9 @@ class _Check:
         for claim in description.claims:
             self._compare(claim, path)
         self._compare_identity(description, path)
+        claimed = {claim.place for claim in description.claims}
         for place in description.uses:
-            if place in {claim.place for claim in description.claims} or self._is_outside(place, path):
+            if place in claimed or self._is_outside(place, path):
                 continue
             used = self._state(path.parent / place)
             used.matters = True
@@ -227,7 +244,8 @@ class _Check:
 
     def _state(self, path: Path) -> FileState:
         shown = Path(os.path.normpath(path))
-        return self.states.setdefault(os.path.realpath(path), FileState(path=shown))
+        key = os.path.join(os.path.realpath(shown.parent), shown.name)  # noqa: PTH118
+        return self.states.setdefault(key, FileState(path=shown))
 
     def _compare(self, claim: Claim, by: Path) -> None:
         if self._is_outside(claim.place, by):
@@ -254,7 +272,7 @@ class _Check:
         # Not joined: a claim may not be about a file elsewhere.
         key = f"{by}\0{place}"
         outside = self.states.setdefault(key, FileState(path=Path(f"{by}: {place}")))
-        outside.add("outside", by.name, "a set's files must be in its folder, without links out of it")
+        outside.add("outside", by.name, _OUTSIDE)
         return True
 
     def _compare_hash(self, claim: Claim, path: Path, size: int, state: FileState, by: Path) -> None:
@@ -284,9 +302,11 @@ class _Check:
 
     def _compare_identity(self, description: Description, by: Path) -> None:
         """Compare the common identity of graph and data in the manifest of an earlier version's merge."""
+        if not description.identity:
+            return
         paths = [by.parent / claim.place for claim in description.claims]
         inside = not any(place_problem(by, claim.place) for claim in description.claims)
-        if not description.identity or not inside or not all(map(is_file, paths)):
+        if not inside or not all(map(is_file, paths)):
             return
         self.compared += 1
         found = identity_of(map(hash_file, paths))

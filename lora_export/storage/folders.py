@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 from lora_export.errors import LoraExportError, OutputError
 from lora_export.storage.commit.lock import NAME
+from lora_export.storage.commit.steps import places_below
 from lora_export.untrusted.documents import read_json
 
 _SHOWN = 8
@@ -42,7 +43,7 @@ def refuse_strangers(folder: Path, listed: Collection[str], what: str) -> None:
         return
     if folder.is_symlink() or not folder.is_dir():
         raise OutputError(f"{folder} is not a folder of a {what}", "choose another name")
-    others = sorted(set(_places(folder)) - set(listed) - {NAME})
+    others = sorted(places_below(folder) - set(listed) - {NAME})
     if not others:
         return
     more = [f"… and {len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
@@ -52,10 +53,3 @@ def refuse_strangers(folder: Path, listed: Collection[str], what: str) -> None:
         "move these files away, or choose another name",
         [*others[:_SHOWN], *more],
     )
-
-
-def _places(folder: Path) -> Iterator[str]:
-    for place, folders, files in os.walk(folder):
-        links = [name for name in folders if (Path(place) / name).is_symlink()]
-        for name in (*files, *links):
-            yield (Path(place) / name).relative_to(folder).as_posix()

@@ -15,7 +15,15 @@ from lora_export.storage.commit.leases import Leases
 from lora_export.storage.commit.leftovers import tidy
 from lora_export.storage.commit.lock import locked
 from lora_export.storage.commit.signals import Uninterrupted
-from lora_export.storage.commit.steps import Staged, StuckError, discard, give_names, sync_path
+from lora_export.storage.commit.steps import (
+    Staged,
+    StuckError,
+    discard,
+    give_names,
+    itself,
+    places_below,
+    sync_path,
+)
 from lora_export.storage.commit.told import has_begun, has_ended
 from lora_export.storage.inputs import forget_inputs, refuse_changed_inputs
 
@@ -41,6 +49,8 @@ class OutputSet:
     def __init__(self, force: bool = False, reads: Iterable[Path] = (), *, listed: bool = True) -> None:
         self._force, self._reads, self._listed = force, list(reads), listed
         self._staged: list[Staged] = []
+        # Folder as it was named → the folder itself.
+        self._folders: dict[Path, Path] = {}
         self._kept: list[Path] = []
         self._leases = Leases()
         self._is_stuck = False
@@ -88,6 +98,8 @@ class OutputSet:
                 f"the output {target} has no name of its own, so it can't get a temporary one",
                 f"give the folder's name: {target.resolve()}",
             )
+        # One look for all of the set: a link on the way may lead elsewhere before it is complete.
+        target = self._folders.setdefault(target.parent, itself(target.parent)) / target.name
         if target.parent not in {entry.target.parent for entry in self._staged}:
             tidy(target.parent)
         if folder:
@@ -128,12 +140,15 @@ class OutputSet:
                 tidy(folder, held=folders)
             refuse_inputs([entry.target for entry in self._staged], self._reads)
             _refuse(_existing(self._kept))
+            targets = [entry.target for entry in self._staged]
+            # Before they are judged: what comes later is found when they are renamed.
+            known = {path: frozenset(places_below(path)) for path in targets if path.is_dir()}
             if check is not None:
                 check()
             if self._listed:
                 refuse_changed_inputs()
             try:
-                give_names(self._staged, self._leases.mark, self._remember, self._listed)
+                give_names(self._staged, self._leases.mark, self._remember, listed=self._listed, known=known)
             except StuckError:
                 self._is_stuck = True
                 raise

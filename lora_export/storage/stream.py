@@ -107,12 +107,14 @@ def write_pieces(
         OutputError: The file can't be written, for example because the disk is full.
     """
     handle = _create(path, size)
-    try:
-        writer = _Writer(handle, size, pieces=pieces, progress=progress, rounding=rounding)
-        with output_errors(path), one_blas_thread():
-            writer.run(threads)
-    finally:
-        os.close(handle)
+    # Some file systems say only when a file is closed that it could not be written.
+    with output_errors(path):
+        try:
+            writer = _Writer(handle, size, pieces=pieces, progress=progress, rounding=rounding)
+            with one_blas_thread():
+                writer.run(threads)
+        finally:
+            os.close(handle)
     problems = writer.problems()
     if nonfinite is not None:
         nonfinite.extend(problems)

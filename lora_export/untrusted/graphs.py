@@ -4,8 +4,10 @@
    no more axes or elements than an array can have.
 2. A node has the inputs and outputs that its operator needs, and attributes of the operator's types. Outside
    of functions, no attribute refers to a function's, and element types are ONNX's.
-3. Functions do not call themselves, and the graph does not become too large with them inlined: twenty
-   functions that each call the next one twice are a million nodes.
+3. No more than 64 nodes that only move, cast or round a value follow each other: whoever looks for a
+   constant, or for an activation, walks back through them from each node that reads it.
+4. Functions do not call themselves, and the graph does not become too large with them inlined, nor do too
+   many of its nodes get one name: twenty functions that each call the next one twice are a million nodes.
 
 ONNX Runtime refuses such graphs as well (https://github.com/onnx/onnx ``onnx/checker.cc``); here each problem
 is named before anything is computed from the graph. Values in other files are checked by their reader.
@@ -14,7 +16,8 @@ is named before anything is computed from the graph. Values in other files are c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +26,19 @@ import onnx_ir as ir
 from lora_export.untrusted.shown import shown
 
 MAX_NODES = 2_000_000
+# Nodes of inlined functions for each node of the file, and beyond: a small file must not need much memory.
+_TIMES, _BEYOND = 64, 20_000
+# onnx_ir numbers what has one name from 1 on for each of them: limit of the squares of how many have one.
+_MAX_ALIKE = 1 << 27
+# Exporters and quantisers leave ten at most.
+_MAX_MOVES = 64
+_MOVES = frozenset(
+    {
+        *("Identity", "Cast", "CastLike", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"),
+        *("QuantizeLinear", "DequantizeLinear", "DequantizeLinearBlock"),
+        *("TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear"),
+    }
+)
 # Limits of numpy's arrays (NPY_MAXDIMS) and of counting elements, which also apply if one size is 0.
 _MAX_AXES, _MAX_ELEMENTS = 64, 2**63 - 1
 # Attributes that hold an element type.
@@ -48,12 +64,22 @@ _KINDS = {
         "INT",
     ),
     **dict.fromkeys(("alpha", "beta"), "FLOAT"),
+    **dict.fromkeys(("body", "then_branch", "else_branch"), "GRAPH"),
     "perm": "INTS",
+}
+# How many inputs we read at least of operators for which the onnx package has no schemas.
+_INPUTS = {
+    **dict.fromkeys(("BiasGelu", "CastLike", "FastGelu", "Gelu", "QuickGelu", "RotaryEmbedding"), 1),
+    **dict.fromkeys(("Attention", "DequantizeLinear", "FusedConv", "FusedGemm", "FusedMatMul"), 2),
+    **dict.fromkeys(("GemmFastGelu", "NhwcConv", "QuantizeLinear", "SimplifiedLayerNormalization"), 2),
+    **dict.fromkeys(("DynamicQuantizeMatMul", "GatherBlockQuantized", "MatMulBnb4", "MatMulNBits"), 3),
+    **dict.fromkeys(("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), 3),
+    "MatMulIntegerToFloat": 4,
 }
 
 
 def graph_problems(model: ir.Model) -> Iterator[str]:
-    """Yield the problems of a model outside of its functions (rules 1 and 2)."""
+    """Yield the problems of a model outside of its functions (rules 1 to 3)."""
     for graph in (model.graph, *model.graph.subgraphs()):
         for value in graph.initializers.values():
             if value.const_value is not None:
@@ -61,10 +87,26 @@ def graph_problems(model: ir.Model) -> Iterator[str]:
     for node in model.graph.all_nodes():
         version = model.opset_imports.get(node.domain, 0)
         yield from _node_problems(node, version)
+    yield from _long_ways(model)
+
+
+def _long_ways(model: ir.Model) -> Iterator[str]:
+    """Apply rule 3; report where each way becomes too long."""
+    moves: dict[int, int] = {}
+    for node in model.graph.all_nodes():
+        if node.op_type not in _MOVES:
+            continue
+        before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        moves[id(node)] = length = 1 + moves.get(id(before), 0)
+        if length == _MAX_MOVES + 1:
+            yield (
+                f"more than {_MAX_MOVES} nodes that only move, cast or round values follow each other, up to "
+                f"{_name_of(node)} ({shown(node.op_type, _NAME)})"
+            )
 
 
 def function_problems(model: ir.Model) -> list[str]:
-    """Return the problems of inlining functions (rule 3)."""
+    """Return the problems of inlining functions (rule 4)."""
     counts: dict[Any, int] = {}
     problems: list[str] = []
 
@@ -88,9 +130,31 @@ def function_problems(model: ir.Model) -> list[str]:
         return counts[name]
 
     total = count(model.graph.all_nodes(), ())
+    own = sum(1 for graph in (model.graph, *model.functions.values()) for _ in graph.all_nodes())
     if total > MAX_NODES:
         problems.append(f"with its functions inlined it has more than {MAX_NODES} nodes")
+    elif total > _TIMES * own + _BEYOND:
+        problems.append(f"with its functions inlined it has {total} nodes, for {own} in the file")
+    elif not problems and _alike(model, list(counts)) > _MAX_ALIKE:
+        problems.append("with its functions inlined too many nodes have one name")
     return problems
+
+
+def _alike(model: ir.Model, functions: Sequence[Any]) -> int:
+    """Return the sum over names of the square of how many nodes or results have each once inlined.
+
+    Args:
+        model: The model.
+        functions: Functions that are called, each behind those that it calls.
+    """
+    calls: Counter[Any] = Counter(node.op_identifier() for node in model.graph.all_nodes())
+    alike: Counter[tuple[str, str]] = Counter()
+    for name in reversed(functions):
+        for node in model.functions[name].all_nodes():
+            calls[node.op_identifier()] += calls[name]
+            alike["node", node.name or ""] += calls[name]
+            alike.update({("value", value.name or ""): calls[name] for value in node.outputs})
+    return sum(count * count for count in alike.values())
 
 
 _FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
@@ -141,12 +205,15 @@ def _held_bytes(proto: Any, dtype: ir.DataType, bits: int) -> int:
 
 def _node_problems(node: ir.Node, version: int) -> Iterator[str]:
     for problem in _broken(node, _schema(node.domain, node.op_type, version)):
-        name = f"node '{shown(node.name, _NAME)}'" if node.name else "a node"
-        yield f"{name} ({shown(node.op_type, _NAME)}): {problem}"
+        yield f"{_name_of(node)} ({shown(node.op_type, _NAME)}): {problem}"
+
+
+def _name_of(node: ir.Node) -> str:
+    return f"node '{shown(node.name, _NAME)}'" if node.name else "a node"
 
 
 def _broken(node: ir.Node, schema: _Schema | None) -> Iterator[str]:
-    kinds = schema.kinds if schema else _KINDS
+    kinds = _KINDS | (schema.kinds if schema else {})
     for attribute in node.attributes.values():
         kind = kinds.get(attribute.name)
         if attribute.type == ir.AttributeType.UNDEFINED:
@@ -161,7 +228,11 @@ def _broken(node: ir.Node, schema: _Schema | None) -> Iterator[str]:
             yield f"the attribute {attribute.name} is {attribute.value}, wanted an element type of ONNX"
         elif attribute.type == ir.AttributeType.TENSOR:
             yield from _tensor_problems(attribute.value, shown(attribute.name, _NAME))
+    yield from _broken_branches(node)
     if schema is None:
+        is_ours = node.domain in ("", "ai.onnx", "com.microsoft")
+        if is_ours and len(node.inputs) < (least := _INPUTS.get(node.op_type, 0)):
+            yield f"{len(node.inputs)} inputs, wanted at least {least}"
         return
     if len(node.outputs) < schema.outputs:
         yield f"{len(node.outputs)} outputs, wanted at least {schema.outputs}"
@@ -170,6 +241,15 @@ def _broken(node: ir.Node, schema: _Schema | None) -> Iterator[str]:
         yield f"no input {', '.join(map(str, missing))}, which the operator needs"
     if absent := [name for name in schema.required if name not in node.attributes]:
         yield f"no attribute {', '.join(absent)}, which the operator needs"
+
+
+def _broken_branches(node: ir.Node) -> Iterator[str]:
+    for name in ("then_branch", "else_branch"):
+        attribute = node.attributes.get(name)
+        if attribute is not None and attribute.type == ir.AttributeType.GRAPH:
+            count = len(attribute.as_graph().outputs)
+            if count != len(node.outputs):
+                yield f"{name} has {count} outputs, wanted {len(node.outputs)}"
 
 
 def _is_type(number: int) -> bool:
@@ -196,9 +276,11 @@ class _Schema:
 def _schema(domain: str, op_type: str, version: int) -> _Schema | None:
     from onnx import defs
 
-    try:
-        found = defs.get_schema(op_type, version, domain) if version > 0 else defs.get_schema(op_type, domain)
-    # The onnx package does not know the operator, at this version or at all.
-    except Exception:
-        return None
-    return _Schema(found)
+    # An operator that the onnx package does not know at this version is read as the newest one that it knows.
+    for newest in (False, True):
+        try:
+            versions = () if newest or version <= 0 else (version,)
+            return _Schema(defs.get_schema(op_type, *versions, domain))
+        except Exception:  # onnx raises its own
+            continue
+    return None

@@ -42,6 +42,14 @@ def _signal(number: signal.Signals) -> Callable[[Callable[[], Any]], Any]:
     return fault
 
 
+def _error_after(number: int) -> Callable[[Callable[[], Any]], Any]:
+    def fault(call: Callable[[], Any]) -> Any:
+        call()
+        raise OSError(number, os.strerror(number))
+
+    return fault
+
+
 def _error(number: int) -> Callable[[Callable[[], Any]], Any]:
     def fault(call: Callable[[], Any]) -> Any:
         raise OSError(number, os.strerror(number))
@@ -59,6 +67,11 @@ FAULTS: dict[str, Callable[[Callable[[], Any]], Any]] = {
     "ENOSPC": _error(errno.ENOSPC),
     "EIO": _error(errno.EIO),
 }
+# What close(2) may say, on network file systems for example; the number is free all the same.
+CLOSES: dict[str, Callable[[Callable[[], Any]], Any]] = {
+    "EIO": _error_after(errno.EIO),
+    "ENOSPC": _error_after(errno.ENOSPC),
+}
 KILLS: dict[str, Callable[[Callable[[], Any]], Any]] = {
     "killed before": lambda call: os.kill(os.getpid(), signal.SIGKILL),
     "killed after": _killed_after,
@@ -69,18 +82,27 @@ ERRORS = ("EBUSY", "ENOSPC", "EIO")
 class Injector:
     """Counts calls, and lets those of some numbers fail.
 
+    Args:
+        folder: Folder that is watched.
+        fault: What happens; None: nothing.
+        at: Numbers of the calls.
+        closes: Count calls of `os.close` instead, which have faults of their own.
+
     Attributes:
         made: Each call that was counted: its name and first argument.
     """
 
-    def __init__(self, folder: Path, fault: str | None = None, at: range = range(0)) -> None:
+    def __init__(
+        self, folder: Path, fault: str | None = None, at: range = range(0), *, closes: bool = False
+    ) -> None:
         self.made: list[tuple[str, str]] = []
-        self._folder, self._fault, self._at = str(folder), (FAULTS | KILLS).get(fault or ""), at
+        self._calls, faults = (("close",), CLOSES) if closes else (CALLS, FAULTS | KILLS)
+        self._folder, self._fault, self._at = str(folder), faults.get(fault or ""), at
 
     @contextmanager
     def armed(self) -> Iterator[Injector]:
         """Stand in for the calls of `os` in the block."""
-        own = {name: getattr(os, name) for name in CALLS}
+        own = {name: getattr(os, name) for name in self._calls}
         for name, call in own.items():
             setattr(os, name, self._wrapped(name, call))
         try:

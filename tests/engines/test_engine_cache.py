@@ -240,6 +240,21 @@ def test_what_others_keep_in_the_folder_is_not_removed(name, tmp_path):
     assert (tmp_path / "cache" / "hashes.json").read_text() == '{"mine": 1}'
 
 
+@pytest.mark.parametrize("state", ["whole", "damaged", "without its record"])
+def test_what_others_keep_in_an_entry_is_not_replaced(state, cache, tmp_path):
+    path, built = engine(tmp_path)
+    keep(cache, K, path, built)
+    place = cache.folder / K
+    (place / "notes").mkdir()
+    (place / "notes" / "NOTES.txt").write_text("mine")
+    if state == "damaged":
+        (place / "engine").write_bytes(b"other bytes")
+    elif state == "without its record":
+        (place / "built.json").unlink()
+    assert "is not replaced" in cache.keep(K, path, tmp_path / "log", built)
+    assert (place / "notes" / "NOTES.txt").read_text() == "mine"
+
+
 def test_a_file_that_changes_while_it_is_read_is_not_remembered(cache, tmp_path, monkeypatch):
     """Reading a large one takes longer than the two seconds after which a time is believed."""
     path = tmp_path / "weights"

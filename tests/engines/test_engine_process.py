@@ -79,6 +79,36 @@ def test_it_ends_with_its_parent(how, tmp_path, package):
         assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_it_ends_if_its_parent_has_ended_while_it_began(has_ended, tmp_path, package):
+    """It imports for a second before it can ask the system to end it with its parent."""
+    mark = tmp_path / "mark"
+    package(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nraise ImportError('none')")
+    job = Job(
+        backend="tensorrt-rtx",
+        graph=str(tmp_path / "m.onnx"),
+        model=str(tmp_path / "m.onnx"),
+        engine=str(tmp_path / "engine"),
+        log=str(tmp_path / "log"),
+        compute_capabilities=("8.9",),
+        options=BuildOptions(),
+        profiles=(),
+    )
+    (tmp_path / "job.json").write_text(job.to_json())
+    parent = subprocess.Popen([sys.executable, "-c", ""]) if has_ended else None
+    if parent is not None:
+        parent.wait()
+    number = os.getpid() if parent is None else parent.pid
+    path = os.pathsep.join([os.environ["PYTHONPATH"], *sys.path])
+    command = [sys.executable, "-P", "-m", "lora_export.engines.builder_process", tmp_path / "job.json"]
+    done = subprocess.run(
+        [*command, str(number)], capture_output=True, check=False, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert mark.exists() != has_ended
+    assert (done.returncode == -signal.SIGKILL) == has_ended
+
+
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n" + COMMAND
 
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 
 import onnx_ir as ir
 import pytest
@@ -31,6 +32,7 @@ from lora_export import (
 from lora_export.cli import main as command_line
 from lora_export.demo.run import REPORT, save_report
 from lora_export.engines.plan import Wish
+from lora_export.integrity.check import FileState
 from lora_export.modes.capture_onnx import capture_onnx
 from lora_export.packages.build_kit import write_kits
 from lora_export.storage.hashes import hash_file
@@ -593,6 +595,34 @@ def test_what_may_be_loaded_must_be_described(name, plain_set):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"x")
     assert [found.path for found in verify(plain_set).failures()] == [file]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.parametrize("name", LOADED.split())
+def test_a_further_name_of_a_described_file_must_be_described(name, plain_set):
+    """Programs load by names: ``model.safetensors`` in place of the index, whatever it leads to."""
+    link = plain_set / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(plain_set / "m.onnx.data")
+    assert [found.path for found in verify(plain_set).failures()] == [link]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_description_that_lies_elsewhere(plain_set, tmp_path):
+    elsewhere = manifest_of(tmp_path / "elsewhere", {"x": entry()}) / "lora.json"
+    (tmp_path / "elsewhere" / "x").write_bytes(b"secret")
+    assert not verify(elsewhere).failures(allow_sampled=True)
+    (plain_set / "more.lora.json").symlink_to(elsewhere)
+    assert {found.state for found in verify(plain_set).failures()} == {"outside"}
+
+
+def test_a_file_that_is_claimed_very_often(tmp_path):
+    state, count, began = FileState(path=tmp_path), 40_000, time.process_time()
+    for number in range(2 * count):
+        state.add("changed", f"{number % count}", f"wanted {number % count}")
+    assert time.process_time() - began < 10
+    assert state.by == [f"{number}" for number in range(count)]
+    assert state.details == [f"wanted {number}" for number in range(count)]
 
 
 def test_what_is_only_shown_need_not_be(plain_set):

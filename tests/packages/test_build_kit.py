@@ -1,6 +1,7 @@
 """A build kit is complete, its script is a shell's, and what it writes on the device is what we read."""
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import json
@@ -432,6 +433,45 @@ def test_a_finish_that_is_stopped_leaves_no_record_of_another(step, small_kit, t
         finish.main(str(small_kit / "record.json"), str(built / "engine"), str(built / "log"), str(engine))
     assert not record.exists()
     assert sorted(path.suffix for path in out.iterdir()) == [".engine", ".log"]
+
+
+@pytest.mark.parametrize("suffix", [".engine", ".log", ".json"])
+@pytest.mark.parametrize("problem", ["a folder", "refused"])
+@pytest.mark.parametrize("has_old", [True, False])
+def test_a_finish_that_fails_puts_the_old_files_back(
+    suffix, problem, has_old, small_kit, tmp_path, monkeypatch
+):
+    out, built, good = tmp_path / "out", tmp_path / "built", tmp_path / "good"
+    assert shell(small_kit, fake_tool(tmp_path / "bin"), good).returncode == 0
+    (engine,) = (path.name for path in good.glob("*.engine"))
+    out.mkdir()
+    for path in good.iterdir() if has_old else ():
+        shutil.copy(path, out)
+    built.mkdir()
+    (built / "engine").write_bytes(b"another")
+    (built / "log").write_text(VERSION)
+    bad = (out / engine).with_suffix(suffix)
+    if problem == "a folder":
+        bad.unlink(missing_ok=True)
+        bad.mkdir()
+    spec = importlib.util.spec_from_file_location("finish", small_kit / "finish.py")
+    finish = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(finish)
+    own, before = Path.replace, faults.snapshot(out)
+
+    def replace(path, target):
+        if problem == "refused" and target == bad:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path), None, str(target))
+        return own(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(SystemExit) as caught:
+        finish.main(
+            *map(str, (small_kit / "record.json", built / "engine", built / "log")), engine=str(out / engine)
+        )
+    assert f"cannot write {bad}" in str(caught.value)
+    assert "(nothing was replaced)" in str(caught.value)
+    assert faults.snapshot(out) == before
 
 
 def test_a_log_without_a_version_leaves_no_engine(small_kit, tmp_path):

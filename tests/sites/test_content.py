@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from small_graphs import adapter, conv, delta, embedding, error, graph, linear, random, refusals, run, save
 from torch import nn
 
-from lora_export import merge_onnx
+from lora_export import bank_onnx, merge_onnx, swap_onnx
 from lora_export.sites.values import content
 
 HEAD = "g (float[B,S,8] x) => (float[B,S,N] y) "
@@ -370,3 +370,20 @@ def test_find_rows_returns_every_place():
     assert content.find_rows(random(9, 16, seed=4), wanted) == []
     leading = np.vstack([np.zeros((1, 16), np.float32), wanted])
     assert content.find_rows(np.vstack([random(3, 16, seed=2), leading]), leading) == [3]
+
+
+@pytest.mark.parametrize("mode", ["merge", "swap", "bank"])
+@pytest.mark.parametrize("shape", [(8, 0), (0, 8), (0, 0)])
+@pytest.mark.parametrize("reader", ["MatMul (h, z)", "MatMul (z, h)", "Gather (z, i)", "Gemm (h, z)"])
+def test_a_constant_without_values_is_nobodys(reader, shape, mode, tmp_path):
+    ports = "float[n,8] x, int64[k] i) => (float[n,8] h, float[a,b] y"
+    text = f"g ({ports}) {{ h = MatMul (x, q_weight) y = {reader} }}"
+    base = save(graph(text, {"q.weight": random(8, 8), "z": np.zeros(shape, np.float32)}), tmp_path)
+    given, out = adapter(linear("q", 8, 8)), tmp_path / "out.onnx"
+    if mode == "merge":
+        merge_onnx(base, given, out)
+    elif mode == "swap":
+        swap_onnx(base, out, adapter=given)
+    else:
+        bank_onnx(base, {"one": given}, out)
+    assert out.exists()

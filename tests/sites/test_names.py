@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import time
 
 import numpy as np
 import onnx_ir as ir
@@ -289,3 +290,18 @@ def test_names_of_containers(exporter, tmp_path):
             layer.bias += 1.5 * torch.tensor(module.lora_bias)
         wanted = model(torch.tensor(X).double()).numpy()
     assert error(run(tmp_path / "m.onnx", x=X)[0], wanted) < 2e-6
+
+
+@pytest.mark.parametrize("place", ["node", "constant"])
+@pytest.mark.parametrize("part", ["/Fusion", "_Q4", "_W_", "MatMulBn"])
+def test_a_long_name_is_read_in_time_that_grows_as_it_does(part, place, tmp_path):
+    name, end = f"MatMul{part * 20_000}", "" if part in ("_W_", "MatMulBn") else "!"
+    made = graph(
+        "g (float[B,8] x) => (float[B,8] y) { h = MatMul (x, q_weight) y = MatMul (h, other) }",
+        {"q.weight": random(8, 8), "other": random(8, 8, seed=1)},
+    )
+    node = made.graph.node(1)
+    (node if place == "node" else node.inputs[1]).name = name + end
+    base, given, began = save(made, tmp_path), adapter(linear("q", 8, 8)), time.process_time()
+    merge_onnx(base, given, tmp_path / "m.onnx")
+    assert time.process_time() - began < 10

@@ -1,5 +1,7 @@
 """A module that no output of the graph depends on is refused by name, whatever else gives the answer."""
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -331,3 +333,66 @@ def test_each_node_is_walked_once():
     model = graph(f"g (float[B,8] x) => (float[B,8] y) {{ v0 = Identity (x) {steps} y = Neg (v60) }}", {})
     reach = Reach(model.graph)
     assert all(reach.reads(node, 0) for node in model.graph)
+
+
+LIMIT, WIDE, PACKED, BEHIND = 1 << 12, 4000, 60, 100
+# How a layer cuts all columns but its last ones and all but its first, and how many these are in each layer.
+CUTS = {
+    "Slice": ("a{0} = Slice (v{0}, n0, e{0}, last) b{0} = Slice (v{0}, s{0}, most, last)", [1] * 60),
+    "Split": (
+        "a{0}, c{0} = Split <axis = -1> (v{0}, m{0}) d{0}, b{0} = Split <axis = -1> (v{0}, l{0})",
+        [1] * 60,
+    ),
+    "ever more": (
+        "a{0} = Slice (v{0}, n0, e{0}, last) b{0} = Slice (v{0}, s{0}, most, last)",
+        [2**n for n in range(11)],
+    ),
+}
+
+
+def shifted(cut, shifts):
+    """Return a graph of a packed product whose columns meet others layer by layer, and a module."""
+    size = 3 * WIDE
+    weights = {"qkv_proj.weight": random(SIZE, size, seed=6), **SIZES, "last": np.array([-1])}
+    layers = ""
+    for number, shift in enumerate(shifts):
+        size -= shift
+        weights |= {f"m{number}": np.array([size, shift]), f"l{number}": np.array([shift, size])}
+        weights |= {f"s{number}": np.array([shift]), f"e{number}": np.array([-shift])}
+        layers += f"{cut.format(number)} v{number + 1} = Add (a{number}, b{number}) "
+    weights["end"] = np.array([size - 1])
+    text = f"v0 = MatMul (x, qkv_proj_weight) {layers} y = Gather <axis = -1> (v{len(shifts)}, end)"
+    return graph(f"g (float[8,8] x) => (float y) {{ {text} }}", weights), [linear("k_proj", WIDE, SIZE)]
+
+
+def long_way():
+    """Return a graph of many packed products that go through one long way, and their modules."""
+    count = range(PACKED)
+    weights = {f"layers.{n}.qkv_proj.weight": random(SIZE, 3 * SIZE, seed=n) for n in count}
+    products = " ".join(f"d{n} = MatMul (x, layers_{n}_qkv_proj_weight)" for n in count)
+    way = " ".join(f"v{n + 1} = Neg (v{n})" for n in range(BEHIND))
+    text = f"{products} v0 = Sum ({', '.join(f'd{n}' for n in count)}) {way}"
+    text += f" y = Gather <axis = -1> (v{BEHIND}, n16)"
+    made = graph(f"g (float[8,8] x) => (float y) {{ {text} }}", {**weights, **SIZES})
+    return made, [linear(f"layers.{n}.q_proj", SIZE, SIZE) for n in count]
+
+
+@pytest.mark.parametrize(
+    "make", [*(partial(shifted, *cut) for cut in CUTS.values()), long_way], ids=[*CUTS, "a long way"]
+)
+def test_following_columns_has_a_limit(make, tmp_path, monkeypatch):
+    """A graph of some kilobytes cuts a product into millions of pieces; the rest counts as used."""
+    count, reads = 0, Reach.reads
+
+    def counted(self, node, index):
+        nonlocal count
+        count += 1
+        return reads(self, node, index)
+
+    monkeypatch.setattr(Reach, "reads", counted)
+    monkeypatch.setattr("lora_export.sites.doubts.unused.MAX_FOLLOWED", LIMIT)
+    model, modules = make()
+    base = save(model, tmp_path)
+    merge_onnx(base, adapter(*modules), tmp_path / "m.onnx", allow_unmatched=True)
+    assert (tmp_path / "m.onnx").exists()
+    assert count < LIMIT

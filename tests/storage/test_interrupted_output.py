@@ -88,6 +88,7 @@ KINDS = {
     "Ctrl-C after": ("Ctrl-C after",),
     "a signal": SIGNALS,
     "an error": faults.ERRORS,
+    "an error of close": tuple(faults.CLOSES),
 }
 assert {fault for kind in KINDS.values() for fault in kind} == set(faults.FAULTS)
 
@@ -109,7 +110,8 @@ def test_every_call(verb, replaces, kind, folder, quick, tmp_path, capsys, recor
         fill(out, old)
         capsys.readouterr()
         fault = KINDS[kind][(number + replaces) % len(KINDS[kind])]
-        injector = faults.Injector(tmp_path, fault, range(number, number + 1))
+        closes = kind == "an error of close"
+        injector = faults.Injector(tmp_path, fault, range(number, number + 1), closes=closes)
         with injector.armed():
             code = run(case, folder, out, *force)
         said = capsys.readouterr().err
@@ -123,7 +125,7 @@ def test_every_call(verb, replaces, kind, folder, quick, tmp_path, capsys, recor
         number += 1
     record_property("tried", tried)
     assert code == 0
-    assert tried >= 8
+    assert tried >= (3 if kind == "an error of close" else 8)
 
 
 def judge(case, fault, code, said, found, old, new, where):

@@ -15,8 +15,9 @@ from output_cases import CASES, checkpoint, exposed, inputs
 
 from lora_export import cli
 from lora_export.storage.commit import lease
-from lora_export.storage.commit.lease import Lease, fingerprint, new_identity
+from lora_export.storage.commit.lease import Lease, new_identity
 from lora_export.storage.commit.leftovers import mention, tidy
+from lora_export.storage.commit.steps import fingerprint
 
 
 def planted(folder: Path, identity: str, *lines: object) -> None:

@@ -21,9 +21,10 @@ from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
 
 from lora_export.cli import main
-from lora_export.errors import AdapterError, BackendError
+from lora_export.errors import AdapterError, BackendError, GraphError
 from lora_export.formats.reading.ort_file import read_ort_file, write_ort_file
 from lora_export.formats.reading.pickles import read_checkpoint
+from lora_export.graph.onnx_file import load_graph
 from lora_export.parity.feeds.array_files import read_arrays
 from lora_export.parity.sides.reference import read_tensors
 
@@ -385,6 +386,18 @@ def _functions(depth: int, times: int, recursive: bool = False) -> bytes:
     return _graph([PRODUCT, helper.make_node("f0", ["h"], ["y"], domain="own")], functions)
 
 
+def _moves(kind: str, count: int, reads: int) -> bytes:
+    """Return a graph of a long way behind one constant, or one activation, that many products read."""
+    first = "k.weight" if kind != "Squeeze" else "x"
+    ways = [helper.make_node(kind, [f"w{i}" if i else first], [f"w{i + 1}"]) for i in range(count)]
+    last = f"w{count}"
+    read = [["x", last] if first != "x" else [last, "k.weight"] for _ in range(reads)]
+    products = [helper.make_node("MatMul", names, [f"p{i}"]) for i, names in enumerate(read)]
+    end = helper.make_node("Sum", ["h", *(f"p{i}" for i in range(reads))], ["y"])
+    weight = helper.make_tensor("k.weight", onnx.TensorProto.FLOAT, (8, 8), [1.0] * 64)
+    return _graph([PRODUCT, *ways, *products, end], [], weights=[weight])
+
+
 def _claiming(sizes: tuple[int, ...], **data: Any) -> bytes:
     weight = onnx.TensorProto(name="k.weight", data_type=onnx.TensorProto.FLOAT, dims=sizes, **data)
     return _graph([PRODUCT, END], [], weights=[weight])
@@ -392,7 +405,13 @@ def _claiming(sizes: tuple[int, ...], **data: Any) -> bytes:
 
 GRAPHS: dict[str, tuple[Callable[[], bytes], str]] = {
     "functions of functions": (lambda: _functions(40, 2), "more than 2000000 nodes"),
+    "many nodes of functions": (lambda: _functions(16, 2), "nodes, for 34 in the file"),
+    "many nodes of one name": (lambda: _functions(14, 2), "have one name"),
     "a function that calls itself": (lambda: _functions(3, 1, recursive=True), "calls itself"),
+    **{
+        f"a long way of {kind}": (lambda kind=kind: _moves(kind, 3000, 3000), "more than 64 nodes")
+        for kind in ("Identity", "Transpose", "Squeeze")
+    },
     "more values than there are": (
         lambda: _claiming((1 << 20, 1 << 20), raw_data=b"\0" * 4), "needs 4398046511104",
     ),
@@ -442,6 +461,62 @@ def test_graphs_and_checkpoints_take_no_more_than_ten_times_their_size(tmp_path:
         if code != 1 or peak > peaks.allowed(path) or said not in err or seconds > 20:
             wrong.append(f"{path.name}: code {code}, peak {peak / 1e6:.0f} MB, {seconds:.0f} s\n{err[:600]}")
     assert not wrong, "\n".join(wrong)
+
+
+TENSOR = numpy_helper.from_array(np.ones(1))
+
+
+def _branch(count: int) -> Any:
+    outputs = [helper.make_tensor_value_info(f"b{i}", onnx.TensorProto.FLOAT, None) for i in range(count)]
+    return helper.make_graph(
+        [helper.make_node("Identity", ["h"], [f"b{i}"]) for i in range(count)], "b", [], outputs
+    )
+
+
+# Nodes that the onnx package has no schema for, at the graph's opset or at all, or that it doesn't check.
+BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
+    **{
+        f"{op_type} of too few inputs": (
+            lambda op_type=op_type, domain=domain, inputs=inputs: helper.make_node(
+                op_type, ["h"] * inputs, ["y"], domain=domain
+            ),
+            "input",
+        )
+        for op_type, domain, inputs in (
+            ("SimplifiedLayerNormalization", "", 1),
+            ("RMSNormalization", "", 1),
+            ("DequantizeLinear", "com.microsoft", 0),
+            ("QuantizeLinear", "com.microsoft", 1),
+            ("MatMulNBits", "com.microsoft", 2),
+            ("FusedMatMul", "com.microsoft", 1),
+        )
+    },
+    "an attribute of floats": (
+        lambda: helper.make_node("FusedMatMul", ["h", "h"], ["y"], domain="com.microsoft", alpha=[1.0, 2.0]),
+        "alpha is of type FLOATS",
+    ),
+    "an attribute that the operator has not": (
+        lambda: helper.make_node("MatMul", ["h", "q.weight"], ["y"], transA=[1, 2]), "transA is of type INTS",
+    ),
+    "a body that is a constant": (
+        lambda: helper.make_node("Scan", ["h"], ["y"], domain="own", body=TENSOR),
+        "body is of type TENSOR",
+    ),
+    "a branch without outputs": (
+        lambda: helper.make_node("If", ["h"], ["y"], then_branch=_branch(1), else_branch=_branch(0)),
+        "else_branch has 0 outputs, wanted 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_node_that_no_operator_is_like_is_refused(name: str, tmp_path: Path) -> None:
+    make, said = BROKEN[name]
+    path = tmp_path / "m.onnx"
+    path.write_bytes(_graph([PRODUCT, make()], []))
+    with pytest.raises(GraphError, match="is not a valid graph") as caught:
+        load_graph(path)
+    assert any(said in problem for problem in caught.value.problems)
 
 
 @pytest.mark.parametrize("sizes", [(8, 3), (8, 400), (1 << 20, 1 << 20), (-8, 4)])

@@ -8,6 +8,7 @@ Needs nothing but Python's standard library, 3.8 or newer.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -50,8 +51,8 @@ def sync(path: Path) -> None:
 def give_names(files: dict[Path, Path]) -> None:
     """Give files their names, the record last, while no other run does so in that folder.
 
-    The old record is removed first: a run that is stopped in between leaves an engine without a record, never
-    an engine with another engine's record.
+    The old record is put aside first: a run that is stopped in between leaves an engine without a record,
+    never an engine with another engine's record. After an error the old files are put back.
 
     Args:
         files: Final path → present path; the record last.
@@ -72,16 +73,50 @@ def give_names(files: dict[Path, Path]) -> None:
             if not current:
                 continue
             try:
-                if record.exists():
-                    record.unlink()
-                    sync(record.parent)
-                for target, made in files.items():
-                    made.replace(target)
-                sync(record.parent)
+                replace_all(files)
             finally:
                 with contextlib.suppress(OSError):
                     lock.unlink()
             return
+
+
+def replace_all(files: dict[Path, Path]) -> None:
+    """Give files their names; after an error, put the old ones back and end with one line."""
+    old = {target: made.with_name(target.name + ".old") for target, made in files.items()}
+    record, given = list(files)[-1], []
+    try:
+        for target in files:
+            if target.is_dir() and not target.is_symlink():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        if os.path.lexists(str(record)):
+            record.rename(old[record])
+            sync(record.parent)
+        for target, made in files.items():
+            if target != record and os.path.lexists(str(target)):
+                keep(target, old[target])
+            made.replace(target)
+            given.append(target)
+    except OSError as error:
+        for target in files:
+            if os.path.lexists(str(old[target])):
+                old[target].rename(target)
+            elif target in given:
+                target.unlink()
+        sys.exit(f"Error: cannot write {target_of(error, record)} (nothing was replaced)")
+    sync(record.parent)
+
+
+def keep(target: Path, old: Path) -> None:
+    """Give a file a second name, or another one where the file system has no second names."""
+    try:
+        os.link(str(target), str(old), follow_symlinks=False)
+    except OSError:
+        target.rename(old)
+
+
+def target_of(error: OSError, record: Path) -> str:
+    """Return the file that an error is about, and the system's message."""
+    return f"{error.filename2 or error.filename or record}: {error.strerror}"
 
 
 def main(template: str, built: str, log: str, engine: str) -> None:
@@ -115,4 +150,7 @@ def main(template: str, built: str, log: str, engine: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except OSError as failure:
+        sys.exit(f"Error: {failure}")

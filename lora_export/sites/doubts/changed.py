@@ -41,13 +41,15 @@ _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 _TRANSPOSED = re.compile(r"onnx::MatMul_\d+")
 # onnxruntime-genai's builder (``models/builders/base.py``: ``layernorm_attrs["add_offset"]``).
 _GENAI_NORM = re.compile(r"norm/(Skip)?LayerNorm(/|$)")
-_QUANTISED = re.compile(r"(_DQ)?(_Q\d\w*|_Bnb4|_quantized)$")
 # Names that torch.onnx gives to what it computed itself.
 _OF_EXPORTER = re.compile(r"onnx::\w+|val_\d+")
+# What quantisers append to a name, up to its end.
+_CODES = re.compile(r"(_DQ)?_Q\d")
+_QUANTISED = re.compile(r"(_DQ)?(_Bnb4|_quantized)$")
 # Names that tools are known to give, and what the tools did to the values.
 _TOOLS = (
     (
-        re.compile(r"Conv(Bn|Mul|Add)Fusion_|MatMulBn\w*_"),
+        re.compile(r"Conv(Bn|Mul|Add)Fusion_|MatMulBn(?:(?!MatMulBn)\w)*_"),
         "ONNX Runtime's optimiser folded a norm or a factor into it",
     ),
     (re.compile(r"_(weight|bias)_fused$"), "onnxslim multiplied or added a constant into it"),
@@ -107,7 +109,7 @@ def _nameless_product(use: Use) -> str:
 def _is_own_name(target: Target, use: Use, key: str) -> bool:
     if folded_from(use.root):
         return True
-    name = _QUANTISED.sub("", weight_name(use))
+    name = _unquantised(weight_name(use))
     path = weight_path(name)
     if path == key or (is_path(path) and not any(tool.search(name) for tool, _ in _TOOLS)):
         return True
@@ -126,7 +128,16 @@ def is_transposed_constant(name: str) -> bool:
 
     It computes all that depends on constants only, so a factor of the model on the weight is in it as well.
     """
-    return _TRANSPOSED.fullmatch(_QUANTISED.sub("", name)) is not None
+    return _TRANSPOSED.fullmatch(_unquantised(name)) is not None
+
+
+def _unquantised(name: str) -> str:
+    """Return a name without what quantisers appended, in time that grows as the name does."""
+    # Read from the end: a search for words that reach it begins anew at each place.
+    word = re.match(r"\w*", name[::-1])
+    assert word is not None
+    codes = _CODES.search(name, len(name) - word.end())
+    return name[: codes.start()] if codes else _QUANTISED.sub("", name)
 
 
 def _what(name: str) -> str:

@@ -23,6 +23,8 @@ _SCALED = _VIEWS | {"Mul", "Div", "Transpose", "Dropout"}
 _SUMMED = _VIEWS | {"Add"}
 # A bias and a change of shape may be between the two products and their sum.
 _STEPS = 4
+# Limit of views and factors between two products.
+_MOST = 64
 
 
 def adapter_names(graph: GraphFile) -> list[str]:
@@ -87,13 +89,13 @@ def _addends(node: ir.Node) -> Iterator[ir.Value]:
 
 def _product(value: ir.Value | None) -> ir.Node | None:
     """Return the product of an activation and a constant that makes a value, apart from factors, or None."""
-    while value is not None and (maker := value.producer()) is not None:
+    for _ in range(2):
+        if value is None or (maker := value.producer()) is None:
+            return None
         operator = operator_named(maker.op_type)
         if operator and operator.weight is not None:
             return maker if constant_behind(maker.inputs[operator.weight]) is not None else None
         value = _through(value, _SCALED)
-        if value is not None and value.producer() is maker:
-            return None
     return None
 
 
@@ -103,7 +105,9 @@ def _viewed(value: ir.Value | None) -> ir.Value | None:
 
 def _through(value: ir.Value | None, operators: Collection[str]) -> ir.Value | None:
     """Walk back through operators that have one activation."""
-    while value is not None and (maker := value.producer()) is not None and maker.op_type in operators:
+    for _ in range(_MOST):
+        if value is None or (maker := value.producer()) is None or maker.op_type not in operators:
+            return value
         inputs = [other for other in maker.inputs if other is not None and constant_behind(other) is None]
         if not inputs:
             return value

@@ -40,8 +40,12 @@ REMEDY = (
 _CALL = re.compile(r"_\d+(?=\.|$)")
 # Name that simplifiers give to the result of a node that they have computed.
 _OUTPUT = "_output_0"
-# A parameter's path in a constant's name, with the text that ONNX Runtime puts around it.
-_PARAMETER = re.compile(r"(?:(?:Conv|MatMul)\w*?_[WB]_)?((?:[A-Za-z0-9_]\w*\.)+(?:weight|bias))(?![A-Za-z])")
+# A parameter's path in a constant's name, with the text that ONNX Runtime puts around it. It looks ahead:
+# where no path follows at all, none is looked for behind each of the letters before it.
+_PARAMETER = re.compile(
+    r"(?=(?:\w+\.)+(?:weight|bias)(?![A-Za-z]))"
+    r"(?:(?:Conv|MatMul)\w*?_[WB]_)?((?:[A-Za-z0-9_]\w*\.)+(?:weight|bias))(?![A-Za-z])"
+)
 WEIGHTS = ("linear", "conv", "embedding")
 # Number of rows by which a quantised weight is recognised, and their least cosine; 4-bit codes have 0.99.
 _ROWS, _ALIKE = 8, 0.9

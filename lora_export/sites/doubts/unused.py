@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lora_export.graph.columns import Columns, depend_on_columns, largest_rank
+from lora_export.graph.columns import MAX_FOLLOWED, Columns, depend_on_columns, largest_rank
 from lora_export.graph.onnx_file import GraphFile, shape_of
 from lora_export.graph.reach import Reach
 from lora_export.plan import Refusal
@@ -17,6 +17,7 @@ from lora_export.sites.fit import stored_shape
 from lora_export.sites.slot import LEFT, Use
 from lora_export.sites.target import Miss, Part, Site, Target
 from lora_export.storage.patch import Placement
+from lora_export.untrusted.computed import Budget
 
 # Products of which each row of the weight gives a column, and what adds a bias to them.
 _CONVOLUTIONS = frozenset({"Conv", "FusedConv", "ConvInteger", "QLinearConv"})
@@ -55,20 +56,20 @@ def unused_sites(graph: GraphFile, reach: Reach, sites: Sequence[Site]) -> Mappi
     """
     changed = {id(part.root) for site in sites for part in site.parts}
     as_it_is = reach if reach.zero_changeable <= changed else Reach(graph.graph, changed)
-    lost = {}
+    lost, budget = {}, Budget(MAX_FOLLOWED)
     for site in sites:
         uses = [use for part in site.parts for use in part.uses]
-        if not any(_is_used(as_it_is, site.target, part) for part in site.parts):
+        if not any(_is_used(as_it_is, site.target, part, budget) for part in site.parts):
             lost[id(site.target)] = unused(site.target, uses[0])
     return lost
 
 
-def _is_used(reach: Reach, target: Target, part: Part) -> bool:
+def _is_used(reach: Reach, target: Target, part: Part, budget: Budget) -> bool:
     """Return whether an output depends on what a target changes of one constant."""
     for use in part.uses:
         if is_read(reach, use):
             own = [_columns(target, use, placement) for placement in part.placements]
-            if any(columns is None or depend_on_columns(reach, columns) for columns in own):
+            if any(columns is None or depend_on_columns(reach, columns, budget) for columns in own):
                 return True
     return False
 

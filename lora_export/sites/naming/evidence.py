@@ -38,8 +38,8 @@ _WEIGHT_SUFFIX = re.compile(
 _FOLDED_TRANSPOSE = re.compile(r"(?<=\.weight)_t$")
 _PACK = re.compile(r"(.+)__axis_(-?\d+)__concat(?:_t)?")
 _NEXT_OF_PACK = re.compile(r"(?<=\.weight)__|(?<=\.bias)__|(?<=\.weight_t)__")
-# Suffix that ONNX Runtime appends to the name of a node that it has fused, e.g. `/fc/MatMul/MatMulAddFusion`.
-_FUSION = re.compile(r"(/\w*Fusion/?)+$")
+# What ONNX Runtime appends to the name of a node that it has fused, e.g. `/fc/MatMul/MatMulAddFusion`.
+_FUSION = re.compile(r"\w*Fusion")
 _CALL = re.compile(r"_\d+$")
 
 
@@ -111,7 +111,7 @@ def node_path(node: ir.Node) -> str | None:
 
 def path_in(name: str) -> str | None:
     """Return the module path in a name by the TorchScript exporter, of a node or of its output."""
-    name = _FUSION.sub("", name)
+    name = _unfused(name)
     if not name.startswith("/"):
         return None
     parts: list[str] = []
@@ -121,6 +121,17 @@ def path_in(name: str) -> str | None:
         else:
             parts.append(part)
     return strip_wrappers(".".join(parts))
+
+
+def _unfused(name: str) -> str:
+    """Return a name without what fusions appended; part by part, in time that grows as the name does."""
+    parts, kept = name.split("/"), 0
+    for count in range(len(parts) - 1, 0, -1):
+        if _FUSION.fullmatch(parts[count]):
+            kept = count
+        elif parts[count] or not _FUSION.fullmatch(parts[count - 1]):
+            break
+    return "/".join(parts[:kept]) if kept else name
 
 
 def folded_from(value: ir.Value) -> list[str]:

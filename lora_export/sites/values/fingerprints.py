@@ -107,7 +107,7 @@ def find_places(
     wanted: dict[int, list[_Wanted]] = defaultdict(list)
     for target in targets:
         made = matrices(target)
-        if made:
+        if made and 0 not in target.matrix:
             probes = [_probe(matrix) for matrix in made]
             wanted[target.matrix[1]].append(_Wanted(target, partial(matrices, target), probes))
     views: dict[int, list[_View]] = defaultdict(list)
@@ -116,7 +116,8 @@ def find_places(
         readers[id(use.root), use.transposed].append(use)
     for (_, transposed), mine in readers.items():
         view = _View(mine[0].root, transposed, tuple(mine))
-        if view.shape[1] in wanted:
+        # A constant without rows or columns is nobody's.
+        if view.shape[0] and view.shape[1] in wanted:
             views[view.shape[1]].append(view)
     every, seen = sum(map(len, views.values())), count()
 

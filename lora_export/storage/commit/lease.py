@@ -23,7 +23,6 @@ import hashlib
 import json
 import os
 import secrets
-import stat
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from typing import Any, ClassVar
 from lora_export.errors import OutputError
 from lora_export.storage.commit.lock import PAUSE_S, Grip, take
 from lora_export.storage.commit.signals import Uninterrupted
-from lora_export.storage.commit.steps import MARK, RETIRED, Mark, Staged, discard
+from lora_export.storage.commit.steps import MARK, RETIRED, Mark, Staged, discard, fingerprint
 from lora_export.storage.commit.told import tell
 from lora_export.untrusted.documents import MAX_BYTES, parse_json
 from lora_export.untrusted.fields import from_plain
@@ -128,13 +127,6 @@ class _Line:
     entries: tuple[_SaidEntry, ...] | None = None
 
 
-def fingerprint(path: Path) -> tuple[int, ...]:
-    """Return kind, size and time of last change, which a renaming does not alter."""
-    found = path.lstat()
-    kind = stat.S_IFMT(found.st_mode)
-    return kind, found.st_size if stat.S_ISREG(kind) else 0, found.st_mtime_ns
-
-
 class Lease:
     """The lease of a set in one folder.
 
@@ -211,9 +203,10 @@ class Lease:
 
     def let_go(self) -> None:
         """Unlock the lease's file."""
-        if self._grip is not None:
-            self._grip.let_go()
-            self._grip = None
+        # Forgotten first: the number that is closed may be another thread's file by the second try.
+        grip, self._grip = self._grip, None
+        if grip is not None:
+            grip.let_go()
 
     @property
     def exists(self) -> bool:

@@ -33,7 +33,7 @@ from lora_export.storage.commit.lease import (
 from lora_export.storage.commit.lock import NAME, BusyError, locked
 from lora_export.storage.commit.settling import is_settled, names, settle
 from lora_export.storage.commit.signals import Uninterrupted
-from lora_export.storage.commit.steps import MARK, RETIRED, discard
+from lora_export.storage.commit.steps import MARK, RETIRED, discard, itself
 from lora_export.storage.commit.told import has_begun, has_ended, tell
 from lora_export.storage.inputs import forget_inputs
 
@@ -55,7 +55,7 @@ def scratch_folder(place: Path | None = None) -> Iterator[Path]:
             folder.
     """
     hidden = "" if place is None else "."
-    above = Path(tempfile.gettempdir()) if place is None else place
+    above = itself(Path(tempfile.gettempdir()) if place is None else place)
     lease = Lease(above, new_identity())
     # Named before it is made, so that it is removed whenever an interrupt comes.
     folder = above / f"{hidden}lora-export-{lease.identity}"

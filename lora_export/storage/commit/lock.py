@@ -18,10 +18,10 @@ from pathlib import Path
 
 from lora_export.errors import OutputError
 from lora_export.storage.commit.signals import Uninterrupted
-from lora_export.storage.commit.steps import discard
+from lora_export.storage.commit.steps import LOCK, discard
 from lora_export.storage.commit.told import has_begun, has_ended
 
-NAME = ".lora-export.lock"
+NAME = LOCK
 PAUSE_S = 0.01
 # Renames take milliseconds; removing a large folder that was replaced takes longer.
 _PATIENCE_S = 60.0
@@ -46,7 +46,7 @@ class Grip:
 
     def let_go(self) -> None:
         """Close the file, which unlocks it."""
-        os.close(self.handle)
+        _close(self.handle)
 
 
 @contextlib.contextmanager
@@ -124,12 +124,12 @@ def take(path: Path, create: bool = False, mode: int = 0o666) -> Grip | None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(handle)
+        _close(handle)
         return None
     except OSError:
         return Grip(handle, False)
     if not _is_at(handle, path):  # its holder has removed it in the meantime
-        os.close(handle)
+        _close(handle)
         return None
     return Grip(handle, True)
 
@@ -149,7 +149,7 @@ def _open(path: Path, create: bool, mode: int) -> int:
         if handle < 0:
             raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
+        _close(handle)
         raise _not_a_file(path)
     return handle
 
@@ -159,6 +159,12 @@ def _not_a_file(path: Path) -> OutputError:
         f"{path} is not a regular file, so it can't be the lock of its folder",
         "lora-export has not made it: remove it, or choose a folder that others can't write into",
     )
+
+
+def _close(handle: int) -> None:
+    # Linux frees the number and the lock even with an error, which is about content: a lease's is synced.
+    with contextlib.suppress(OSError):
+        os.close(handle)
 
 
 def _is_at(handle: int, path: Path) -> bool:

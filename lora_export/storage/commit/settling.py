@@ -35,7 +35,7 @@ def settle(entries: Sequence[Entry], is_marked: bool, calm: Uninterrupted) -> bo
     moves = _forward(entries) if forward else _back(entries)
     for path, target in moves:
         try:
-            calm.insist(Move(path, target).do)
+            calm.insist(Move.of(path, target).do)
         except OSError as error:
             tell(f"could not rename files that an ended run had left in {path.parent}: {reason_of(error)}")
             return False

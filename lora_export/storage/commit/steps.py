@@ -2,7 +2,7 @@
 
 1. The set's lease records the set's entries.
 2. Every file to be replaced is renamed, the last of the set first: it points to the others, so that no reader
-   finds it beside another run's data.
+   finds it beside another run's data. A folder is looked at once more: nobody writes into it by its name now.
 3. The lease is renamed, one for all folders (the mark): from here on they are to hold the new set.
 4. Every new file gets its name, the last of the set last.
 5. The old files are removed, then the leases, the set's own last.
@@ -18,7 +18,8 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import stat
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +29,9 @@ from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.told import has_written, tell
 
 RETIRED, MARK = ".old", ".commit"
+# The file that is locked in each folder (`lock`).
+LOCK = ".lora-export.lock"
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -65,22 +69,81 @@ class Move:
     Attributes:
         source: The current name.
         destination: The new name.
+        file: The file's `fingerprint`; None: not known.
     """
 
     source: Path
     destination: Path
+    file: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, source: Path, destination: Path) -> Move:
+        """Return the renaming of the file that has a name now.
+
+        Raises:
+            OSError: There is none.
+        """
+        return cls(source, destination, fingerprint(source))
 
     def do(self) -> None:
         """Rename the file."""
-        _move(self.source, self.destination)
+        self._rename(self.source, self.destination)
 
     def is_done(self) -> bool:
         """Return whether the file has the new name."""
-        return os.path.lexists(self.destination) and not os.path.lexists(self.source)
+        return self._has(self.destination) and not os.path.lexists(self.source)
 
     def undo(self) -> None:
         """Rename the file back."""
-        _move(self.destination, self.source)
+        self._rename(self.destination, self.source)
+
+    def _rename(self, source: Path, destination: Path) -> None:
+        if os.path.lexists(source) or not self._has(destination):  # else it is the second try
+            _move(source, destination)
+
+    def _has(self, path: Path) -> bool:
+        """Return whether a name is the file's: another file may lie where a folder's path leads by now."""
+        return os.path.lexists(path) and (self.file is None or fingerprint(path) == self.file)
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look at a folder that was renamed, for outputs that others have completed in it since it was judged.
+
+    Attributes:
+        folder: The folder, as it is called now.
+        target: Its own name.
+        known: The files that were in it when it was judged.
+    """
+
+    folder: Path
+    target: Path
+    known: frozenset[str]
+
+    def do(self) -> None:
+        """Raise `OutputError` if there are more files by now."""
+        if more := sorted(places_below(self.folder) - self.known - {LOCK}):
+            raise OutputError(
+                f"another run has written into {self.target} meanwhile (nothing was replaced)",
+                "move these files away, or choose another name",
+                more[:_SHOWN],
+            )
+
+    def is_done(self) -> bool:
+        """Return True: a look has no effect."""
+        return True
+
+    def undo(self) -> None:
+        """Do nothing."""
+
+
+def places_below(folder: Path) -> set[str]:
+    """Return the places of all files in a folder, and of links to folders; none if it is not a folder."""
+    found = set()
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        found |= {(Path(place) / name).relative_to(folder).as_posix() for name in (*files, *links)}
+    return found
 
 
 @dataclass(frozen=True)
@@ -94,15 +157,34 @@ class Mark(Move):
 
 
 def _move(source: Path, destination: Path) -> None:
-    if os.path.lexists(source):
-        if os.path.lexists(destination):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination))
-        source.rename(destination)
-    elif not os.path.lexists(destination):
+    if not os.path.lexists(source):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
+    if os.path.lexists(destination):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination))
+    source.rename(destination)
 
 
-def give_names(staged: Sequence[Staged], mark: Mark, remember: Callable[[], None], listed: bool) -> None:
+def itself(folder: Path) -> Path:
+    """Return a folder's path without links; as it was given, if there are none."""
+    real = Path(os.path.realpath(folder))
+    return folder if real == Path(os.path.abspath(folder)) else real  # noqa: PTH100
+
+
+def fingerprint(path: Path) -> tuple[int, ...]:
+    """Return kind, size and time of last change, which a renaming does not alter."""
+    found = path.lstat()
+    kind = stat.S_IFMT(found.st_mode)
+    return kind, found.st_size if stat.S_ISREG(kind) else 0, found.st_mtime_ns
+
+
+def give_names(
+    staged: Sequence[Staged],
+    mark: Mark,
+    remember: Callable[[], None],
+    *,
+    listed: bool,
+    known: Mapping[Path, frozenset[str]],
+) -> None:
     """Do all steps except the removal of the leases; the locks of the folders are held.
 
     Args:
@@ -110,6 +192,7 @@ def give_names(staged: Sequence[Staged], mark: Mark, remember: Callable[[], None
         mark: Mark of the set's lease.
         remember: Function that records the set's entries in the lease.
         listed: List the output for the run.
+        known: Target that is a folder → `places_below` when it was judged that it may be replaced.
 
     Raises:
         OutputError: A step failed. `StuckError` if it could not be undone: the staged files are then needed
@@ -124,7 +207,7 @@ def give_names(staged: Sequence[Staged], mark: Mark, remember: Callable[[], None
                 calm.insist(remember)
             except OSError as error:
                 raise _failed(entry, error) from error
-            _in_steps(staged, mark, calm)
+            _in_steps(staged, mark, known, calm)
         unsynced = _try_each([(folder, sync_path) for folder in _folders(staged)], calm)
         if listed and not unsynced:
             has_written(entry)
@@ -159,10 +242,17 @@ def _replace(single: Staged, calm: Uninterrupted) -> None:
         raise _failed(single.target, error) from error
 
 
-def _in_steps(staged: Sequence[Staged], mark: Mark, calm: Uninterrupted) -> None:
+def _in_steps(
+    staged: Sequence[Staged], mark: Mark, known: Mapping[Path, frozenset[str]], calm: Uninterrupted
+) -> None:
     replaced = [entry for entry in staged if os.path.lexists(entry.target)]
-    steps: list[Step] = [Move(entry.target, entry.retired) for entry in reversed(replaced)]
-    steps += [mark, *(Move(entry.path, entry.target) for entry in staged)]
+    try:
+        steps: list[Step] = [Move.of(entry.target, entry.retired) for entry in reversed(replaced)]
+        looks = [entry for entry in replaced if entry.target in known]
+        steps += [Look(entry.retired, entry.target, known[entry.target]) for entry in looks]
+        steps += [mark, *(Move.of(entry.path, entry.target) for entry in staged)]
+    except OSError as error:
+        raise _failed(staged[-1].target, error) from error
     done = 0
     try:
         for step in steps:

@@ -31,7 +31,10 @@ class Run:
     def put_away(self) -> None:
         """Close what is still open: an interrupt may come before the first line of what closes it."""
         for close in reversed(list(self._begun)):
-            close()
+            try:
+                close()
+            except OSError as error:  # what the run has to say is not lost by that
+                self.note(f"could not put away all temporary files: {error}")
 
 
 _run: Run | None = None
