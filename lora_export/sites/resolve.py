@@ -37,6 +37,7 @@ from lora_export.sites.doubts.direct import MERGE, direct_readers
 from lora_export.sites.doubts.fused import fused_answers
 from lora_export.sites.doubts.inside import marked, more_than_product
 from lora_export.sites.doubts.joined import copies_with_biases, joined_copies
+from lora_export.sites.doubts.packed import other_order
 from lora_export.sites.doubts.unused import is_read, is_read_with_bias, reach_of, unused, unused_sites
 from lora_export.sites.naming import names
 from lora_export.sites.naming.choice import is_below
@@ -314,6 +315,8 @@ class Resolver:
                     found = replace(found, evidence=found.evidence + calls, keys=variant.keys)
                     if problem:
                         return Miss(target, Refusal("ambiguous", problem, self._hint_of(found.parts)))
+                    if variant.part and wanted is None and (why := other_order(found, variant.part[1])):
+                        return Miss(target, Refusal("unproven", f"{why}; {self._remedy()}"))
                     return proven(found, wanted, source, variant.keys, remedy=self._remedy())
                 refused = refused or found
         if refused is None and dead:
