@@ -130,8 +130,8 @@ def function_problems(model: ir.Model) -> list[str]:
         return counts[name]
 
     total = count(model.graph.all_nodes(), ())
-    own = sum(1 for _ in model.graph.all_nodes())
-    own += sum(1 for function in model.functions.values() for _ in function.all_nodes())
+    functions = model.functions.values()
+    own = sum(1 for _ in model.graph.all_nodes()) + sum(1 for one in functions for _ in one.all_nodes())
     if total > MAX_NODES:
         problems.append(f"with its functions inlined it has more than {MAX_NODES} nodes")
     elif total > _TIMES * own + _BEYOND:
@@ -278,11 +278,10 @@ def _schema(domain: str, op_type: str, version: int) -> _Schema | None:
     from onnx import defs
 
     # An operator that the onnx package does not know at this version is read as the newest one that it knows.
-    for newest in (False, True):
+    for known in (version, 0):
         try:
-            if newest or version <= 0:
-                return _Schema(defs.get_schema(op_type, domain))
-            return _Schema(defs.get_schema(op_type, version, domain))
+            found = defs.get_schema(op_type, known, domain) if known > 0 else defs.get_schema(op_type, domain)
+            return _Schema(found)
         except Exception:  # onnx raises its own
             continue
     return None
