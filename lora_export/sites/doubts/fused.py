@@ -119,7 +119,7 @@ def _unblocked(values: Array) -> Iterator[Array]:
         single = values.reshape(outputs // block, inputs, *kernel, block)
         yield np.moveaxis(single, -1, 1).reshape(outputs, -1)
         if inputs % block == 0:
-            double = values.reshape(outputs // block, inputs // block, *kernel, block, block)
+            double = single.reshape((outputs // block, inputs // block, *kernel, block, block))
             yield np.moveaxis(double, (-1, -2), (1, 3)).reshape(outputs, -1)
 
 

@@ -180,7 +180,8 @@ class Explainer:
         yield _Norm(ones, zeros, zeros)
         vectors = {name: vector[change.rows] for name, vector in self._vectors_of(change.size).items()}
         for name, variance in vectors.items():
-            if name.rpartition(".")[2] != "running_var":
+            # A functional norm's have a prefix in their names.
+            if not name.endswith("running_var"):
                 continue
             module = name.removesuffix("running_var")
             mean = vectors.get(f"{module}running_mean", zeros)
