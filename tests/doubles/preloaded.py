@@ -12,6 +12,7 @@ import array
 import atexit
 import contextlib
 import functools
+import gc
 import io
 import json
 import os
@@ -128,6 +129,9 @@ def _load() -> None:
     ):
         torch.onnx.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), dynamo=True, verbose=False)
     share_exports(Path(os.environ["LORA_EXPORT_TESTS_SHARED"]) / "exports")
+    # A fork's garbage collector would go through all of it, and copy the memory that it lies in.
+    gc.collect()
+    gc.freeze()
 
 
 def _answer(connection: socket.socket) -> None:
