@@ -119,6 +119,7 @@ def _load() -> None:
     import torch
     from exports_once import share_exports
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+    from unsynced import unsynced
 
     import lora_export.cli  # noqa: F401
 
@@ -129,6 +130,7 @@ def _load() -> None:
     ):
         torch.onnx.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), dynamo=True, verbose=False)
     share_exports(Path(os.environ["LORA_EXPORT_TESTS_SHARED"]) / "exports")
+    unsynced()
     # A fork's garbage collector would go through all of it, and copy the memory that it lies in.
     gc.collect()
     gc.freeze()
