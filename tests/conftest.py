@@ -65,6 +65,7 @@ def pytest_configure() -> None:
                 signal.signal(number, handler)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give a worker a group or a file at a time: its tests share what was made for the first of them.
 
@@ -73,12 +74,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """
     from xdist.scheduler import LoadGroupScheduling
 
-    class ByFile(LoadGroupScheduling):  # type: ignore[misc]
+    class ByFile(LoadGroupScheduling):
         def _split_scope(self, nodeid: str) -> str:
             scope: str = super()._split_scope(nodeid)
             return scope.partition("::")[0]
 
-    if config.getoption("dist") != "loadgroup" or config.getoption("numprocesses") > 4:
+    if config.getoption("dist") != "loadgroup" or (config.getoption("numprocesses") or 0) > 4:
         return None
     config.option.loadscopereorder = False  # workers put them in order
     return ByFile(config, log)

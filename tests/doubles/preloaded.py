@@ -103,7 +103,7 @@ def _serve(address: str) -> None:
             for handle in [handle for handle in runs if handle in ready]:
                 child, connection = runs.pop(handle)
                 os.close(handle)
-                with connection:
+                with connection, contextlib.suppress(OSError):  # nobody waits for it any more
                     connection.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
             if listener in ready:
                 connection, _ = listener.accept()
