@@ -47,11 +47,16 @@ SHARED = os.environ["LORA_EXPORT_TESTS_SHARED"]
 
 
 @pytest.fixture(autouse=True, scope="session")
-def exports_are_shared() -> Iterator[None]:
-    """Let torch's exporter run once for the same module: see `exports_once`."""
+def tiny_models_cost_less() -> Iterator[None]:
+    """Let torch's exporter run once for the same module, and sessions have one thread.
+
+    See `exports_once` and `single_thread`.
+    """
     from exports_once import share_exports
+    from single_thread import single_thread
 
     with pytest.MonkeyPatch.context() as patch:
+        single_thread(patch.setattr)
         share_exports(Path(SHARED) / "exports", patch.setattr)
         yield
 

@@ -121,6 +121,7 @@ def _load() -> None:
     import peft  # noqa: F401
     import torch
     from exports_once import share_exports
+    from single_thread import single_thread
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
     from unsynced import unsynced
 
@@ -135,6 +136,7 @@ def _load() -> None:
     ):
         torch.onnx.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), dynamo=True, verbose=False)
     share_exports(Path(os.environ["LORA_EXPORT_TESTS_SHARED"]) / "exports")
+    single_thread()
     unsynced()
     # A fork's garbage collector would go through all of it, and copy the memory that it lies in.
     gc.collect()
