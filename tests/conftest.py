@@ -2,14 +2,18 @@
 
 import atexit
 import contextlib
+import gc
 import os
 import shutil
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from unsynced import unsynced
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +24,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 # Where pytest keeps what failed tests wrote is not in the folders that go at the end.
 os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+unsynced()
 TEMPORARY = tempfile.mkdtemp(prefix="lora-export-tests-")
 _OWNER = os.getpid()
 
@@ -42,11 +47,16 @@ SHARED = os.environ["LORA_EXPORT_TESTS_SHARED"]
 
 
 @pytest.fixture(autouse=True, scope="session")
-def exports_are_shared() -> Iterator[None]:
-    """Let torch's exporter run once for the same module: see `exports_once`."""
+def tiny_models_cost_less() -> Iterator[None]:
+    """Let torch's exporter run once for the same module, and sessions have one thread.
+
+    See `exports_once` and `single_thread`.
+    """
     from exports_once import share_exports
+    from single_thread import single_thread
 
     with pytest.MonkeyPatch.context() as patch:
+        single_thread(patch.setattr)
         share_exports(Path(SHARED) / "exports", patch.setattr)
         yield
 
@@ -58,6 +68,48 @@ def pytest_configure() -> None:
         if signal.getsignal(number) is signal.SIG_IGN:
             with contextlib.suppress(ValueError):  # not the main thread
                 signal.signal(number, handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a worker a group or a file at a time: its tests share what was made for the first of them.
+
+    Two workers on one file would make it twice, or one would wait for the other. Many workers have to share
+    files, or all wait for the longest.
+    """
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByFile(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            scope: str = super()._split_scope(nodeid)
+            return scope.partition("::")[0]
+
+    if config.getoption("dist") != "loadgroup" or (config.getoption("numprocesses") or 0) > 4:
+        return None
+    config.option.loadscopereorder = False  # workers put them in order
+    return ByFile(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let workers begin with groups and files that take long, so that none of them is alone in the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        sizes = Counter(map(_together, items))
+        sizes.update({_together(item): len(items) for item in items if item.get_closest_marker("slow")})
+        items.sort(key=lambda item: -sizes[_together(item)])
+
+
+def _together(item: pytest.Item) -> str:
+    mark = item.get_closest_marker("xdist_group")
+    return mark.args[0] if mark else str(item.path)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what stays: libraries and tests, a million objects each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)  # what is traced makes many objects, and keeps them
 
 
 @pytest.fixture(autouse=True)

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable
+from typing import Any
 
 from lora_export.machines.held import Held
 
 
 def _limit() -> Callable[[], object]:
-    from threadpoolctl import threadpool_limits
-
-    restore: Callable[[], object] = threadpool_limits(1, user_api="blas").restore_original_limits
+    # A BLAS comes with the module that needs it.
+    limits = _libraries(len(sys.modules)).limit(limits=1, user_api="blas")
+    restore: Callable[[], object] = limits.restore_original_limits
     return restore
+
+
+@functools.lru_cache(maxsize=1)
+def _libraries(_modules: int) -> Any:
+    """Return the BLAS libraries of this process: the search looks at hundreds of files if torch is loaded."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 _ONE_THREAD = Held(_limit)

@@ -6,6 +6,7 @@ prints a line of JSON before each import and one after it, so that the reader kn
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -166,13 +167,16 @@ def main(names: list[str]) -> None:
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
     """Return the installed versions of packages; those not installed are left out."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {name: _version(name) for name in names}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+@functools.cache  # each reads a file of all that pip says of a package
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":

@@ -156,9 +156,10 @@ def note_loaded(states: Iterable[FileState]) -> None:
 def forget_inputs(written: Iterable[Path]) -> None:
     """Take files, or all below folders, for inputs no longer: this very run has replaced them."""
     if (inputs := _INPUTS.get()) is not None:
-        for place in (path.absolute() for path in written):
+        for place in (str(path.absolute()) for path in written):
+            below = os.path.join(place, "")  # noqa: PTH118
             for states in (inputs.states, inputs.command.states if inputs.command else {}):
-                for path in [path for path in states if place in (path, *path.parents)]:
+                for path in [path for path in states if str(path) == place or str(path).startswith(below)]:
                     del states[path]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -196,7 +197,14 @@ def refuse_replacing(files: list[Path], force: bool, reads: Iterable[Path] = ())
 
 def places_of(path: Path) -> set[Path]:
     """Return a file's path and its target: files of a Hugging Face cache are links."""
-    return {path.resolve(), path.parent.resolve() / path.name}
+    return set(map(Path, _places_of(path, os.path.realpath)))
+
+
+def _places_of(path: Path, resolved: Callable[[Path], str]) -> set[str]:
+    if path.name in ("", ".."):
+        return {resolved(path)}
+    place = os.path.join(resolved(path.parent), path.name)  # noqa: PTH118 - text, for the comparisons below
+    return {place, os.path.realpath(place)} if os.path.islink(place) else {place}  # noqa: PTH114
 
 
 @contextlib.contextmanager
@@ -211,11 +219,11 @@ def reading(files: Iterable[Path]) -> Iterator[None]:
 
 def refuse_inputs(targets: Iterable[Path], reads: Iterable[Path]) -> None:
     """Raise `OutputError` if an output would replace a file that was read, with or without ``force``."""
-    known = [*reads, *_READ_ABOVE.get()]
+    replaced = _search([*reads, *_READ_ABOVE.get()])
     both = [
         f"{target}" if path == target else f"{target} is {path}"
         for target in targets
-        for path in replaced_inputs(target, known)[:1]
+        for path in replaced(target)[:1]
     ]
     if both:
         raise OutputError("the output would replace a file that is read", _ANOTHER_NAME, both)
@@ -228,14 +236,26 @@ def replaced_inputs(target: Path, reads: Iterable[Path]) -> list[Path]:
         target: A file or folder to write.
         reads: The files that were read.
     """
-    own, identity = places_of(target), _identity(target)
-    found = []
-    for path in dict.fromkeys(reads):
-        places = places_of(path)
-        below = any(not own.isdisjoint(place.parents) for place in places)
-        if below or places & own or (identity is not None and identity == _identity(path)):
-            found.append(path)
-    return found
+    return _search(reads)(target)
+
+
+def _search(reads: Iterable[Path]) -> Callable[[Path], list[Path]]:
+    """Return `replaced_inputs` of these files, which are looked up once for all outputs."""
+    resolved = functools.cache(os.path.realpath)  # files share folders
+    known = [(path, _places_of(path, resolved)) for path in dict.fromkeys(reads)]
+
+    def replaced(target: Path) -> list[Path]:
+        own, identity = _places_of(target, resolved), _identity(target)
+        folders = tuple(os.path.join(place, "") for place in own)  # noqa: PTH118
+        return [
+            path
+            for path, places in known
+            if places & own
+            or any(place.startswith(folders) for place in places)
+            or (identity is not None and identity == _identity(path))
+        ]
+
+    return replaced
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ each run; `test_forked_runs` judges them. pytest's own process has threads, and 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ from typing import Any
 import faults
 import output_cases
 from half_graphs import small_adapter
+from unsynced import unsynced
 
 import lora_export.storage.outputs
 from lora_export import cli
@@ -173,4 +175,6 @@ def _print(line: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    unsynced()
+    gc.freeze()  # a fork's garbage collector would copy the memory that it goes through
     {"killed": killed, "races": races}[sys.argv[1]](Path(sys.argv[2]))

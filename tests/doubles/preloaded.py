@@ -12,9 +12,12 @@ import array
 import atexit
 import contextlib
 import functools
+import gc
+import importlib
 import io
 import json
 import os
+import pkgutil
 import select
 import signal
 import socket
@@ -91,20 +94,21 @@ def process() -> str:
 def _serve(address: str) -> None:
     """Answer until stdin ends: as long as lives who started this."""
     _load()
+    runs: dict[int, tuple[int, socket.socket]] = {}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(address)
         listener.listen()
         os.write(1, b"ready\n")
-        while 0 not in select.select([0, listener], [], [])[0]:
-            connection, _ = listener.accept()
-            if not os.fork():
-                listener.close()
-                _answer(connection)
-                os._exit(0)
-            connection.close()
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
+        while 0 not in (ready := select.select([0, listener, *runs], [], [])[0]):
+            for handle in [handle for handle in runs if handle in ready]:
+                child, connection = runs.pop(handle)
+                os.close(handle)
+                with connection, contextlib.suppress(OSError):  # nobody waits for it any more
+                    connection.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+            if listener in ready:
+                connection, _ = listener.accept()
+                child = _begun(connection, [listener, *(other for _, other in runs.values())])
+                runs[os.pidfd_open(child)] = child, connection
     # The time that they took is told as that of this process's children.
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -117,10 +121,14 @@ def _load() -> None:
     import peft  # noqa: F401
     import torch
     from exports_once import share_exports
+    from single_thread import single_thread
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+    from unsynced import unsynced
 
-    import lora_export.cli  # noqa: F401
+    import lora_export.cli
 
+    for module in pkgutil.walk_packages(lora_export.__path__, "lora_export."):
+        importlib.import_module(module.name)
     with (
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
@@ -128,20 +136,28 @@ def _load() -> None:
     ):
         torch.onnx.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), dynamo=True, verbose=False)
     share_exports(Path(os.environ["LORA_EXPORT_TESTS_SHARED"]) / "exports")
+    single_thread()
+    unsynced()
+    # A fork's garbage collector would go through all of it, and copy the memory that it lies in.
+    gc.collect()
+    gc.freeze()
 
 
-def _answer(connection: socket.socket) -> None:
+def _begun(connection: socket.socket, others: Sequence[socket.socket]) -> int:
+    """Begin the run that is asked for; return the number of its process."""
     request, streams, _, _ = socket.recv_fds(connection, _MOST_BYTES, 3)
     arguments, cwd, env, timeout_s = json.loads(request)
     child = os.fork()
     if not child:
-        connection.close()
+        for other in (connection, *others):
+            other.close()
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
         os._exit(_main(arguments, cwd, env, timeout_s))
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    connection.send(str(code).encode())
+    for stream in streams:
+        os.close(stream)
+    return child
 
 
 def _main(arguments: list[str], cwd: str, env: dict[str, str], timeout_s: int) -> int:

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import forked_runs
+import pytest
+
+pytestmark = pytest.mark.slow
 
 
 def lines_of(what: str, folder: Path) -> list[dict]:

@@ -3,7 +3,6 @@
 import numpy as np
 import onnx
 import pytest
-import tiny
 from onnx import TensorProto, helper
 
 from lora_export import bank_onnx, merge_onnx, swap_onnx
@@ -14,6 +13,8 @@ SMALL = {"batch": "1:1:2", "sequence": "1:4:16"}
 
 def made(mode, arch, folder, **options):
     """Write a graph of one of the modes; return its path and LoRA record."""
+    import tiny  # with torch: the others are for small processes as well
+
     base, out = tiny.base_onnx(arch, "dynamo"), folder / "m.onnx"
     if arch == "conv":
         options["checkpoint"] = tiny.checkpoint(arch)
