@@ -316,7 +316,8 @@ def test_an_untrained_copy_that_differs_from_the_base_is_said(name: str, tmp_pat
     with tiny.quiet():
         other.save_pretrained(tmp_path / "other")
     report = merge_checkpoint(tmp_path / "other", [given], tmp_path / "out")
-    (warning,) = report.plan.warnings
+    warning, trained_on = report.plan.warnings
+    assert f"'given' names {base} as its base" in trained_on
     assert "'given' stores a copy" in warning
     assert "2 of 30 rows differ" in warning
     assert close(logits(loaded(tmp_path / "out", name)), one_by_one(tmp_path / "other", name, [given]))

@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import release
-from lora_export.sites.doubts.readers import module_of, reads_another
+from lora_export.sites.doubts.readers import WEIGHTS, has_two_products, module_of, reads_another
 from lora_export.sites.naming.evidence import computed_from, folded_from, path_in, weight_name, weight_path
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Site
@@ -46,7 +46,6 @@ _PARAMETER = re.compile(
     r"(?=(?:\w+\.)+(?:weight|bias)(?![A-Za-z]))"
     r"(?:(?:Conv|MatMul)\w*?_[WB]_)?((?:[A-Za-z0-9_]\w*\.)+(?:weight|bias))(?![A-Za-z])"
 )
-WEIGHTS = ("linear", "conv", "embedding")
 # Number of rows by which a quantised weight is recognised, and their least cosine; 4-bit codes have 0.99.
 _ROWS, _ALIKE = 8, 0.9
 
@@ -97,7 +96,7 @@ def other_calls(
     found: dict[int, str] = {}
     left = []
     for site in sites:
-        if reason := _computed(site, computed) or _named(site, rest, modules):
+        if reason := _computed(site, computed) or _named(site, rest, modules, uses):
             found[id(site.target)] = reason
         elif site.target.kind != "vector" and site.target.experts == 1:
             left.append(site)
@@ -132,7 +131,7 @@ def _names_of(site: Site, computed: Mapping[str, Sequence[ir.Value]]) -> list[st
     return [name for name in computed if any(_is_end(name, key) for key in site.keys)]
 
 
-def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
+def _named(site: Site, rest: Sequence[Use], modules: Set[str], uses: Sequence[Use]) -> str:
     """Apply rule 2; return the reason, or an empty string."""
     if len(site.keys) != 1 or site.target.held_turned is not None or site.target.experts > 1:
         return ""
@@ -155,7 +154,9 @@ def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
                 # ``fc_1`` may be a second call of ``fc``, or a module of that name; and the exporter numbers
                 # calls beside a module of that name, too.
                 held = holds_rows(site, use)
-                own = held is True if module in modules else held is not False
+                own = held is not False
+                if module in modules:
+                    own = held is True and has_two_products(use.node, uses)
         # A site that was found by values outvotes a name.
         if own and (site.evidence != "content" or holds_rows(site, use) is not False):
             return _in_the_graph_again(use)

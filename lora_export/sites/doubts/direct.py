@@ -14,8 +14,8 @@ from itertools import chain
 
 import onnx_ir as ir
 
-from lora_export.sites.doubts.copies import WEIGHTS, holds_rows
-from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.doubts.copies import holds_rows
+from lora_export.sites.doubts.readers import WEIGHTS, module_of
 from lora_export.sites.isolate import reading_nodes
 from lora_export.sites.naming.evidence import folded_names
 from lora_export.sites.slot import Use

@@ -21,6 +21,7 @@ from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Site, Target
 from lora_export.sites.uses import has_body
 
+WEIGHTS = ("linear", "conv", "embedding")
 _CALL = re.compile(r"_\d+")
 
 
@@ -114,6 +115,17 @@ def is_numbered(module: str, path: str) -> bool:
     )
 
 
+def has_two_products(node: ir.Node, uses: Sequence[Use]) -> bool:
+    """Return True if TorchScript gave one name to a module's call and to a further call of another.
+
+    Each call of a module has a number of its own, so that a Linear's name has one product. torch.export's
+    metadata has no numbers.
+    """
+    module = module_of(node)
+    named = {id(use.node) for use in uses if use.slot.kind in WEIGHTS and module_of(use.node) == module}
+    return scope_path(node) is None and len(named) > 1
+
+
 def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
     """Return a reason if another reader may be the module's own: it would keep the old values."""
     mine = {(id(use.node), use.slot.index) for use in part.uses}
@@ -128,7 +140,7 @@ def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
         tied = {*kinds, use.slot.kind} == {"embedding", "linear"} and not use.refusal
         if module == path or (module is None and not tied):
             return f"is also read by {use.node.op_type}, which can't be told from the module's own use"
-        if module is not None and is_numbered(module, path):
+        if module is not None and is_numbered(module, path) and has_two_products(use.node, uses):
             return f"is also read by {use.node.name!r}: a further call of the module, or {module!r}"
     return ""
 
