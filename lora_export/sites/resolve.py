@@ -160,14 +160,12 @@ class Resolver:
         parameters |= self._base.parameters if self._base else set()
         modules = {name.rpartition(".")[0] for name in (*parameters, *self._named[SCOPE])}
         targets = {id(site.target): site.target for site in sites}
-        lost = {
-            key: Miss(targets[key], why)
-            for key, why in computed_answers(sites, self.uses, self._base).items()
-        }
+        changes = {name for name in (self.weight_of.names if self.weight_of else ()) if name}
+        answers = computed_answers(sites, self.uses, self._base, constants=self._constants, changed=changes)
+        lost = {key: Miss(targets[key], why) for key, why in answers.items()}
         weights = (use for use in self.uses if use.slot.kind in _MODULES)
         remedy = _OF_BODY if in_bodies(weights, self._graph.graph) else REMEDY
         if self._base is not None:
-            changes = {name for name in (self.weight_of.names if self.weight_of else ()) if name}
             for key, refusal in fused_answers(sites, self.uses, self._base, changes).items():
                 lost.setdefault(key, Miss(targets[key], refusal))
         for key, why in other_calls(sites, self.uses, self._computed, modules).items():

@@ -87,6 +87,18 @@ class Scored(Base):
         return self.out(x) * (self.score(x) - anchor).sum(-1, keepdim=True)
 
 
+class Reduced(Base):
+    """One number that was computed."""
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.proj(x))) / self.proj(self.table[None]).norm()
+
+
+class Averaged(Base):
+    def forward(self, x):
+        return self.out(torch.tanh(self.proj(x)) * torch.sigmoid(self.proj(self.table[None])).mean())
+
+
 class FewGates(Base):
     """An answer of three values is no mask."""
 
@@ -191,7 +203,7 @@ class Alibi(Base):
         return self.out((scores @ q).transpose(1, 2).reshape(x.shape))
 
 
-ANSWERS = (OnTable, OnNorm, OnHeads, OnSines, Scored, FewGates, Chosen)
+ANSWERS = (OnTable, OnNorm, OnHeads, OnSines, Scored, Reduced, Averaged, FewGates, Chosen)
 OTHERS = (Positions, Rotary, RelativeBias, Latents, Alibi, Scalars, Steps)
 FOLDING = ("onnxsim", "onnxslim", "ort-basic")
 

@@ -50,6 +50,14 @@ class Gate(Base):
         return super().forward(ids) * self.norm.weight.sigmoid()
 
 
+class Fresh(Gate):
+    """A norm as it is made: its weights are equal, and tell nothing by their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.ones_(self.norm.weight)
+
+
 class Outer(nn.Module):
     """The same inside of a module."""
 
@@ -78,6 +86,7 @@ READ = {
     "tied": (Tied, {"modules_to_save": ["table"]}),
     "again": (Again, {"modules_to_save": ["head"]}),
     "gate": (Gate, {"modules_to_save": ["norm"]}),
+    "fresh gate": (Fresh, {"modules_to_save": ["norm"]}),
     "outer": (lambda: Outer(Tied()), {"modules_to_save": ["table"]}),
     "outer bias": (lambda: Outer(Bias()), {"bias": "all"}),
 }
@@ -121,6 +130,8 @@ WAYS = pytest.mark.parametrize(
 @WAYS
 @pytest.mark.parametrize("name", READ)
 def test_what_is_read_directly_is_changed_there_or_refused(name, exporter, tool, tmp_path):
+    if (name, exporter, tool) == ("fresh gate", "torchscript", "onnxslim"):
+        pytest.skip("not seen: one number for all rows of another layer (docs/guides/supported.md)")
     ids, wanted = made(*READ[name], exporter, tool, tmp_path)
     for mode, checkpoint in itertools.product(MODES, (tmp_path / "base", False)):
         graph, adapter, out = (tmp_path / part for part in ("graph.onnx", "adapter", "out.onnx"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import changed_graphs as changed
-import numpy as np
 import pytest
 import torch
 from changed_graphs import EXPORTERS, MODES, TOOLS
@@ -13,7 +12,6 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lora_export import LoraExportError, SiteError, merge_onnx
-from lora_export.sites.values.factors import _is_written
 
 D, C = 16, 16
 
@@ -327,13 +325,3 @@ def test_what_the_model_has_there_is_no_obstacle(kind, exporter, tool, made, tmp
         )
         assert not isinstance(got, LoraExportError), got.problems
         assert changed.error(got, wanted) < (5e-3 if "fp16" in tool else 1e-5)
-
-
-@pytest.mark.parametrize("number", [0.0, 1.0, -0.125, 1 / 3, 24**-0.5, 255.0, 0.70710677, 1e-4])
-def test_written_numbers(number):
-    assert _is_written(float(np.float32(number)))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_answers_are_no_written_numbers(seed):
-    assert not _is_written(float(np.random.default_rng(seed).standard_normal(dtype=np.float32)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
-from lora_export.sites.doubts.numbers import is_written
+from lora_export.sites.values.numbers import is_written
 
 WRITTEN = {
     "epsilons": (1e-5, 1e-6, 1e-12, 1e-8),

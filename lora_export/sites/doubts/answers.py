@@ -13,7 +13,7 @@ any size. Nothing in the graph tells what an answer was computed from, so a cons
 4. the checkpoint has no parameter with its values: moved, picked, or times a factor; of a few values a
    function of a few of its own.
 
-Single numbers are never suspects: a graph is full of them.
+A single number is one if its name says that a tool has computed it: literals have names of their own.
 
 Values of a parameter that the adapter changes explain nothing: they are an answer (`picked`), whatever rules
 1, 3 and 4 say.
@@ -23,23 +23,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import partial
 
 import numpy as np
+import onnx_ir as ir
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import FLOAT_TYPES, release, shape_of
 from lora_export.plan import Refusal
 from lora_export.sites import operator_named
 from lora_export.sites.doubts.changed import is_path
-from lora_export.sites.doubts.numbers import is_written
 from lora_export.sites.doubts.picked import NUMBERED, picked_rows
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import folded_names, path_in, weight_name, weight_path
 from lora_export.sites.slot import NORMS, Use
 from lora_export.sites.target import BaseWeights, Site
 from lora_export.sites.values.moved import FEW, moved_parameters
+from lora_export.sites.values.numbers import are_steps, is_written
 
 # TorchScript's name for the output of a node that computes something.
 _OUTPUT = re.compile(r"/(?:[^/]+/)*(?!Constant)[^/]+_output_\d+")
@@ -53,8 +54,6 @@ _VALUE = re.compile(
 )
 # The exporter's metadata on a parameter, a buffer or a literal.
 _GIVEN = "pkg.torch.export.graph_signature.InputSpec.kind"
-# Largest relative deviation of a sequence's steps or ratios from equal ones by rounding.
-_STEPS = 1e-4
 # Least number of positions in a table of sines, and largest deviation from its rule by rounding.
 _POSITIONS, _SINES = 4, 5e-3
 # Number of values along each axis that are read first, by the number of dimensions.
@@ -62,7 +61,11 @@ _CORNER = (1, 65536, 256, 64, 16)
 
 
 def computed_answers(
-    sites: Sequence[Site], uses: Sequence[Use], base: BaseWeights | None
+    sites: Sequence[Site],
+    uses: Sequence[Use],
+    base: BaseWeights | None,
+    constants: Iterable[ir.Value] = (),
+    changed: Set[str] = frozenset(),
 ) -> Mapping[int, Refusal]:
     """Return identity of a target → reason why a constant is, or may be, an answer of its module.
 
@@ -70,6 +73,8 @@ def computed_answers(
         sites: Sites of an adapter's targets.
         uses: All uses of constants in the graph.
         base: The checkpoint, whose parameters explain constants.
+        constants: All initializers of the graph: single numbers are no weights, so that they have no uses.
+        changed: The checkpoint's names of what the adapter changes.
     """
     mine = {id(part.root) for site in sites for part in site.parts}
     computed: dict[int, Use] = {}
@@ -78,11 +83,17 @@ def computed_answers(
             computed[id(use.root)] = use
     found = {id(site.target): _picked(use) for site, use in picked_rows(sites, computed, base)}
     suspects = {key: use for key, use in computed.items() if _is_suspect(use, base)}
+    # Without a checkpoint nothing explains a number of torch.export's, whose literals have such names, too.
+    numbers = [value for value in constants if _is_computed_number(value, base)] if sites else []
     if base is not None:
-        explained = moved_parameters([use.root for use in suspects.values()], base) if suspects else set()
+        roots = [*(use.root for use in suspects.values()), *numbers]
+        explained = moved_parameters(roots, base, changed) if roots else set()
         suspects = {key: use for key, use in suspects.items() if key not in explained}
-    for site in sites if suspects else ():
-        found.setdefault(id(site.target), _reason(max(suspects.values(), key=partial(_nearness, site))))
+        numbers = [value for value in numbers if id(value) not in explained]
+    for site in sites if suspects or numbers else ():
+        nearest = max(suspects.values(), key=partial(_nearness, site), default=None)
+        what = f"the number {numbers[0].name!r}" if nearest is None else _described(nearest)
+        found.setdefault(id(site.target), _computed(what))
     return found
 
 
@@ -91,11 +102,11 @@ def _picked(use: Use) -> Refusal:
     return Refusal("picked", detail)
 
 
-def _reason(use: Use) -> Refusal:
+def _computed(what: str) -> Refusal:
     return Refusal(
         "partly computed",
-        f"{_described(use)} was computed from the model's weights and may be a call of this module: it would "
-        "stay the base's",
+        f"{what} was computed from the model's weights and may be a call of this module: it would stay the "
+        "base's",
     )
 
 
@@ -135,6 +146,18 @@ def _is_suspect(use: Use, base: BaseWeights | None) -> bool:
     return not told
 
 
+def _is_computed_number(value: ir.Value, base: BaseWeights | None) -> bool:
+    """Return True if a constant is one number that a tool has computed, and no program is written with."""
+    tensor = value.const_value
+    if tensor is None or tensor.size != 1 or tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+        return False
+    name = str(value.name)
+    told = _OUTPUT.fullmatch(name) or (base and _VALUE.fullmatch(name) and not name.startswith("val"))
+    if not told or _GIVEN in value.metadata_props or folded_names(value):
+        return False
+    return not is_written(float(tensor.numpy().reshape(-1)[0]))
+
+
 def _shape(use: Use) -> tuple[int, ...]:
     assert use.root.const_value is not None
     return shape_of(use.root.const_value)
@@ -151,23 +174,16 @@ def _is_plain(values: Array) -> bool:
     # gigabytes.
     corner = values[(slice(_CORNER[min(values.ndim, len(_CORNER) - 1)]),) * values.ndim]
     if len(np.unique(corner)) <= FEW and len(few := np.unique(values)) <= FEW:
-        return all(is_written(float(value)) for value in few)
+        # Of 16 bits too few digits are left to tell.
+        return values.dtype.itemsize == 2 or all(is_written(float(value)) for value in few)
     exact = np.asarray(corner, np.float64)
     if not np.isfinite(exact).all():
         return False
     if np.array_equal(exact, np.round(exact)):
         return True
     if max(exact.shape) == exact.size:
-        return _are_steps(exact.reshape(-1))
+        return are_steps(exact.reshape(-1))
     return any(_are_sines(np.moveaxis(exact, axis, 0)) for axis in range(exact.ndim))
-
-
-def _are_steps(values: Array) -> bool:
-    """Return True if neighbours have equal differences, or equal ratios."""
-    steps = np.diff(values)
-    if np.ptp(steps) <= _STEPS * np.abs(steps).max():
-        return True
-    return bool(values.all()) and bool(np.ptp(values[1:] / values[:-1]) <= _STEPS)
 
 
 def _are_sines(values: Array) -> bool:

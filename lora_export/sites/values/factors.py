@@ -3,7 +3,7 @@
 A layer computes ``W·x + b``; behind it a tool may have folded ``f·(W·x + b) + d``, a number for each row. Of
 models that no adapter changes there f and d are
 
-1. a number that somebody wrote into the code, or one that a few rows have each;
+1. a number that somebody wrote into the code, one that a few rows have each, or a sequence of equal steps;
 2. a vector of the checkpoint: times a number, through a usual function, or in the same order (a function that
    is not known here keeps it); a shift may be a row of a table, and a factor may stand behind it;
 3. the lengths of the weight's rows, divided out again and replaced by others (weight norm); or
@@ -24,11 +24,10 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.sites.target import BaseWeights
 from lora_export.sites.values.moved import FEW, same_order
+from lora_export.sites.values.numbers import FUNCTIONS, are_steps, is_written
 
 # Number of values whose order is no chance, among as many vectors as a checkpoint has.
 _ORDERED = 10
-# Digits of a number that somebody wrote into code, or whose square or inverse they wrote.
-_WRITTEN, _ROUNDED = "{:.3e}", 1e-6
 # Usual numbers that a batch norm adds to the variance; others are tried where nothing else is in the factor.
 _EPSILONS = (1e-5, 1e-3, 1e-6)
 # Names of the lengths that PyTorch's weight norms give to rows, the new one's and the old one's.
@@ -42,20 +41,6 @@ _TIMES = 8
 # Number of values of a table that are compared at a time.
 _BLOCK = 1 << 20
 _SAME = 0.999
-_FUNCTIONS: tuple[Callable[[Array], Array], ...] = (
-    lambda v: v,
-    lambda v: 1 + v,
-    np.exp,
-    lambda v: 1 / (1 + np.exp(-v)),
-    np.tanh,
-    np.log1p,
-    lambda v: np.log1p(np.exp(v)),
-    lambda v: 1 / v,
-    lambda v: np.maximum(v, 0),
-    np.square,
-    lambda v: np.sqrt(np.abs(v)),
-    np.abs,
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -207,12 +192,12 @@ class Explainer:
         near = np.round(values / max(np.abs(values).max(initial=0), 1e-300) / (4 * change.rounding))
         _, firsts = np.unique(near, return_index=True)
         if len(firsts) > FEW:
-            return False
+            return are_steps(values)
         numbers = [float(values[near == near[first]].mean()) for first in firsts]
         if change.rounding > _EXACT or all(map(_is_written, numbers)):
             return True
         singles = np.array([vector[0] for vector in self._vectors_of(1).values()])
-        made = np.concatenate([one(singles) for one in _FUNCTIONS])
+        made = np.concatenate([one(singles) for one in FUNCTIONS])
         return all(bool((np.abs(made - x) <= change.rounding * abs(x)).any()) for x in numbers)
 
     def _is_multiple(self, values: Array, change: Change) -> bool:
@@ -222,7 +207,7 @@ class Explainer:
     def _is_own(self, values: Array, change: Change) -> bool:
         """Apply rule 2."""
         matrix = self._matrix(change)
-        if any(_any_multiple(values, one(matrix), change.rounding) for one in _FUNCTIONS):
+        if any(_any_multiple(values, one(matrix), change.rounding) for one in FUNCTIONS):
             return True
         return any(len(np.unique(own)) >= _ORDERED and same_order(own, values) for own in matrix)
 
@@ -258,8 +243,4 @@ def _any_multiple(values: Array, matrix: Array, rounding: float) -> bool:
 
 
 def _is_written(number: float) -> bool:
-    """Return True if a number, its inverse or the square of one has few digits."""
-    if not np.isfinite(number) or not number:
-        return number == 0
-    forms = number, 1 / number, number * number, 1 / (number * number)
-    return any(abs(form - float(_WRITTEN.format(form))) <= _ROUNDED * abs(form) for form in forms)
+    return is_written(number) or is_written(1 / number)

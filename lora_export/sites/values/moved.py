@@ -9,7 +9,8 @@ computed answer has none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import cache, partial
 from typing import Any
 
@@ -20,6 +21,7 @@ import onnx_ir as ir
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import release
 from lora_export.sites.target import BaseWeights
+from lora_export.sites.values.numbers import FUNCTIONS
 
 # Least cosine of two vectors that are equal up to rounding to another float type or a factor.
 _SAME = 0.9999
@@ -35,37 +37,33 @@ _SMALL = 1 << 20
 _BLOCK = 1 << 20
 # Number of bytes of a mapped file that are read before they are released.
 _MAPPED_BYTES = 64 << 20
-# What models compute of single numbers of theirs.
-_FUNCTIONS: tuple[Callable[[Array], Array], ...] = (
-    np.exp,
-    np.tanh,
-    np.square,
-    np.abs,
-    np.negative,
-    np.reciprocal,
-    lambda x: 1 / (1 + np.exp(-x)),
-    lambda x: np.log1p(np.exp(x)),
-    lambda x: -np.exp(x),
-    lambda x: np.exp(-x),
-    lambda x: 1 + x,
-    lambda x: 1 - x,
-    lambda x: np.maximum(x, 0),
-    lambda x: np.minimum(np.exp(x), 100.0),
-)
 _HALVES = {np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
 
 
-def moved_parameters(constants: Iterable[ir.Value], base: BaseWeights) -> set[int]:
-    """Return the identities of the constants that a parameter of the checkpoint explains."""
+def moved_parameters(constants: Iterable[ir.Value], base: BaseWeights, changed: Set[str]) -> set[int]:
+    """Return the identities of the constants that a parameter of the checkpoint explains.
+
+    Args:
+        constants: Constants of a graph.
+        base: The checkpoint.
+        changed: Parameters that an adapter changes: a vector is no other end of their ties.
+    """
     left = {id(value): value for value in constants}
     vectors = {key: _vectors(value) for key, value in left.items()}
+    single = {key for key, value in left.items() if _has_one_axis(value)}
     found: set[int] = set()
     for every in (False, True):
         if not left.keys() - found:
             break
-        for values in base.stored():
-            found |= _with_row(values, {k: v for k, v in vectors.items() if k not in found}, every)
-    return found | _picked([value for key, value in left.items() if key not in found], base)
+        for name in base.shapes:
+            told = found | single if name in changed else found
+            found |= _with_row(base.values(name), {k: v for k, v in vectors.items() if k not in told}, every)
+    return found | _picked([value for key, value in left.items() if key not in found], base, changed)
+
+
+def _has_one_axis(value: ir.Value) -> bool:
+    assert value.const_value is not None
+    return max(value.const_value.shape.numpy(), default=1) == value.const_value.size
 
 
 def _vectors(value: ir.Value) -> list[Array]:
@@ -171,7 +169,7 @@ def _holds(rows: Array, vector: Array) -> bool:
     return False
 
 
-def _picked(constants: Iterable[ir.Value], base: BaseWeights) -> set[int]:
+def _picked(constants: Iterable[ir.Value], base: BaseWeights, changed: Set[str]) -> set[int]:
     """Return the constants that have only values of one small parameter: entries picked from a table.
 
     A 16-bit float has so few values that a subset is not evidence: it must be all of them.
@@ -182,9 +180,10 @@ def _picked(constants: Iterable[ir.Value], base: BaseWeights) -> set[int]:
         left[id(value)] = np.unique(np.asarray(value.const_value.numpy()))
         release(value)
     found: set[int] = set()
-    for values in base.stored() if left else ():
-        if values.size > _SMALL:
+    for name, shape in base.shapes.items() if left else ():
+        if math.prod(shape) > _SMALL or name in changed:
             continue
+        values = base.values(name)
         entries = cache(partial(_entries, values))
         for key, mine in left.items():
             if len(mine) <= FEW and values.size <= FEW and _is_function(values, mine):
@@ -202,7 +201,7 @@ def _is_function(values: Array, mine: Array) -> bool:
     """Return True if a few numbers are a function of a few of a checkpoint (CLIP's exp(logit_scale))."""
     with np.errstate(all="ignore"):
         exact = np.asarray(values, np.float64).reshape(-1)
-        images = np.concatenate([function(exact) for function in _FUNCTIONS])
+        images = np.concatenate([function(exact) for function in FUNCTIONS])
         rounding = 1e-3 if mine.dtype in _HALVES else 1e-5
         near = np.isclose(np.asarray(mine, np.float64)[:, None], images[None], rtol=rounding)
     return bool(near.any(axis=1).all())

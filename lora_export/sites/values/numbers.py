@@ -8,7 +8,12 @@ are taken for written ones by chance.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
+
+import numpy as np
+
+from lora_export.adapter import Array
 
 # Digits of a decimal that somebody wrote, and the largest denominator of a fraction.
 _DIGITS, _DENOMINATOR = 5, 32
@@ -19,6 +24,31 @@ _LARGE = 1e4
 # Powers are whole numbers up to here: of larger ones too many are near a whole number.
 _WHOLE = 4096
 _LOG = 10
+
+
+# Largest relative deviation of a sequence's steps or ratios from equal ones by rounding.
+_STEPS = 1e-4
+# What models compute of a parameter's values, each by itself.
+FUNCTIONS: tuple[Callable[[Array], Array], ...] = (
+    lambda v: v,
+    lambda v: 1 + v,
+    lambda v: 1 - v,
+    np.exp,
+    lambda v: 1 / (1 + np.exp(-v)),
+    np.tanh,
+    np.log1p,
+    lambda v: np.log1p(np.exp(v)),
+    lambda v: 1 / v,
+    lambda v: np.maximum(v, 0),
+    np.square,
+    lambda v: np.sqrt(np.abs(v)),
+    np.abs,
+    np.negative,
+    lambda v: -np.exp(v),
+    lambda v: np.exp(-v),
+    # CLIP's limit of its scale.
+    lambda v: np.minimum(np.exp(v), 100.0),
+)
 
 
 def is_written(value: float) -> bool:
@@ -45,3 +75,11 @@ def _is_fraction(size: float) -> bool:
 
 def _is_whole(size: float, most: float = _WHOLE) -> bool:
     return 1 / 2 < size <= most and math.isclose(round(size), size, rel_tol=4 * _ROUNDING)
+
+
+def are_steps(values: Array) -> bool:
+    """Return whether neighbours in a vector have equal differences or equal ratios (positions, frequencies)."""
+    steps = np.diff(values)
+    if np.ptp(steps) <= _STEPS * np.abs(steps).max():
+        return True
+    return bool(values.all()) and bool(np.ptp(values[1:] / values[:-1]) <= _STEPS)
