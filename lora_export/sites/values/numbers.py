@@ -78,7 +78,7 @@ def _is_whole(size: float, most: float = _WHOLE) -> bool:
 
 
 def are_steps(values: Array) -> bool:
-    """Return whether neighbours in a vector have equal differences or equal ratios (positions, frequencies)."""
+    """Return whether neighbours in a vector have equal differences or ratios (positions, frequencies)."""
     steps = np.diff(values)
     if np.ptp(steps) <= _STEPS * np.abs(steps).max():
         return True
