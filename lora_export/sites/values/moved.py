@@ -58,7 +58,33 @@ def moved_parameters(constants: Iterable[ir.Value], base: BaseWeights, changed: 
         for name in base.shapes:
             told = found | single if name in changed else found
             found |= _with_row(base.values(name), {k: v for k, v in vectors.items() if k not in told}, every)
-    return found | _picked([value for key, value in left.items() if key not in found], base, changed)
+    found |= _picked([value for key, value in left.items() if key not in found], base, changed)
+    return found | _packed([left[key] for key in sorted(single - found)], base, changed)
+
+
+def _packed(constants: Sequence[ir.Value], base: BaseWeights, changed: Set[str]) -> set[int]:
+    """Return the vectors that are vectors of the checkpoint side by side: the bias of a packed product."""
+    names = [n for n, shape in base.shapes.items() if math.prod(shape) == max(shape, default=0)]
+    pieces = [
+        np.asarray(base.values(n), np.float64).reshape(-1) for n in names if constants and n not in changed
+    ]
+    found: set[int] = set()
+    for constant in constants:
+        assert constant.const_value is not None
+        values = np.asarray(constant.const_value.numpy()).reshape(-1)
+        rounding = 1e-2 if values.dtype.itemsize == 2 else 1e-5
+        rest = values.astype(np.float64)
+        while len(rest) and (size := _piece(rest, pieces, rounding)):
+            rest = rest[size:]
+        if not len(rest):
+            found.add(id(constant))
+    return found
+
+
+def _piece(values: Array, pieces: Sequence[Array], rounding: float) -> int:
+    """Return the length of the longest of some vectors that values begin with, or 0."""
+    fitting = (one for one in pieces if len(one) <= len(values))
+    return max((len(one) for one in fitting if np.allclose(values[: len(one)], one, rounding)), default=0)
 
 
 def _has_one_axis(value: ir.Value) -> bool:
