@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lora_export.adapter import Adapter, Array
-from lora_export.base.own_base import OwnBase, agrees, look_up, own_bases
+from lora_export.base.other_values import agrees, look_up
+from lora_export.base.own_base import OwnBase, own_bases
 from lora_export.binding.base_weights import WeightOf, stored_blocks
 from lora_export.binding.match import Pairing
 from lora_export.errors import AdapterError

@@ -123,6 +123,12 @@ def test_a_base_that_is_not_here_says_nothing(way, name, swap, tmp_path):
     assert not any("compared" in text for text in (*notes, *warnings))
 
 
+@pytest.mark.parametrize("name", ["org/model", "", "x" * 5000, "a\0b"])
+def test_merging_into_a_checkpoint_asks_no_base_that_is_not_here(name, tmp_path):
+    report = merge_checkpoint(checkpoint(tmp_path / "base"), trained_on(name), tmp_path / "merged")
+    assert not any("compared" in text for text in (*report.plan.notes, *report.plan.warnings))
+
+
 @WAYS
 def test_a_damaged_folder_is_a_note(way, swap, tmp_path):
     folder = checkpoint(tmp_path / "c")
