@@ -92,6 +92,8 @@ def replace_all(files: dict[Path, Path]) -> None:
             record.rename(old[record])
             sync(record.parent)
         for target, made in files.items():
+            if target == made:
+                continue
             if target != record and os.path.lexists(str(target)):
                 keep(target, old[target])
             made.replace(target)
@@ -104,6 +106,9 @@ def replace_all(files: dict[Path, Path]) -> None:
                 target.unlink()
         sys.exit(f"Error: cannot write {target_of(error, record)} (nothing was replaced)")
     sync(record.parent)
+    for path in old.values():
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def keep(target: Path, old: Path) -> None:
