@@ -35,7 +35,7 @@ from lora_export.plan import Refusal
 from lora_export.sites import operator_named
 from lora_export.sites.doubts.changed import is_path
 from lora_export.sites.doubts.picked import NUMBERED, picked_rows
-from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.doubts.readers import WEIGHTS, module_of
 from lora_export.sites.naming.evidence import folded_names, path_in, weight_name, weight_path
 from lora_export.sites.slot import NORMS, Use
 from lora_export.sites.target import BaseWeights, Site
@@ -131,6 +131,9 @@ def _is_suspect(use: Use, base: BaseWeights | None) -> bool:
     """Return True if rules 1 to 3 make a use's constant a suspect."""
     root, name = use.root, weight_name(use)
     if base is None and not (_OUTPUT.fullmatch(name) or _VALUE.fullmatch(name)):
+        return False
+    if base is None and name.startswith("val_") and use.slot.kind in WEIGHTS:
+        # Another layer's weight, which the exporter has turned.
         return False
     if _GIVEN in root.metadata_props or NUMBERED.fullmatch(name) or folded_names(root):
         return False
