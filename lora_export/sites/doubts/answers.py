@@ -73,7 +73,7 @@ def computed_answers(
         sites: Sites of an adapter's targets.
         uses: All uses of constants in the graph.
         base: The checkpoint, whose parameters explain constants.
-        constants: All initializers of the graph: single numbers are no weights, so that they have no uses.
+        constants: All initializers of the graph: single numbers have no uses, because they are not weights.
         changed: The checkpoint's names of what the adapter changes.
     """
     mine = {id(part.root) for site in sites for part in site.parts}

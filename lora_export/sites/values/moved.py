@@ -46,7 +46,7 @@ def moved_parameters(constants: Iterable[ir.Value], base: BaseWeights, changed: 
     Args:
         constants: Constants of a graph.
         base: The checkpoint.
-        changed: Parameters that an adapter changes: a vector is no other end of their ties.
+        changed: Parameters that an adapter changes: a vector is never another end of their ties.
     """
     left = {id(value): value for value in constants}
     vectors = {key: _vectors(value) for key, value in left.items()}
