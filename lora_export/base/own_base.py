@@ -101,8 +101,8 @@ def compared_with_own(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> tu
     """
     notes: list[str] = []
     warnings: list[str] = []
+    merged = entries_before(history_of(checkpoint.folder / MANIFEST))
     for adapter in adapters:
-        merged = entries_before(history_of(checkpoint.folder / MANIFEST))
         for own in own_bases([adapter], merged, checkpoint.folder):
             notes.append(own.note)
             if own.weights is None:

@@ -8,6 +8,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
+# Kinds of uses of matrices and kernels; the others are vectors' and anything else's.
+WEIGHTS = ("linear", "conv", "embedding")
 # Nodes that read only a weight's shape: no values reach them.
 SHAPE_ONLY = frozenset({"Shape", "Size"})
 # Nodes that a weight may pass on its way into an operator.

@@ -8,7 +8,17 @@ import onnx_ir as ir
 
 from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile, shape_of
 from lora_export.sites import operator_named, operator_of
-from lora_export.sites.slot import DEQUANTIZE, NORMS, PASSED, QUANTIZE, SHAPE_ONLY, SKIP_NORMS, Slot, Use
+from lora_export.sites.slot import (
+    DEQUANTIZE,
+    NORMS,
+    PASSED,
+    QUANTIZE,
+    SHAPE_ONLY,
+    SKIP_NORMS,
+    WEIGHTS,
+    Slot,
+    Use,
+)
 from lora_export.sites.values.ranges import is_fixed
 
 # Other operators that a vector may feed, so that biases and norms (modules_to_save, bias="all") have a site.
@@ -84,7 +94,7 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
         return None
     shape, dtype = shape_of(value.const_value), value.const_value.dtype
     packed = slot.shape is not None
-    if (slot.kind in ("linear", "conv", "embedding") and len(shape) < 2 and not packed) or not shape:
+    if (slot.kind in WEIGHTS and len(shape) < 2 and not packed) or not shape:
         return None
     no_branch = slot.no_branch
     dequantised = next((node.op_type for node in chain if node.op_type in DEQUANTIZE), None)

@@ -224,19 +224,12 @@ def made(tmp_path_factory):
     return make
 
 
-def changed_graph(case, exporter: str, tool: str, tmp_path: Path) -> Path:
-    _, model, x, _ = case
-    EXPORTERS[exporter](model, x, tmp_path / "raw.onnx")
-    TOOLS[tool](tmp_path / "raw.onnx", tmp_path / "graph.onnx")
-    return tmp_path / "graph.onnx"
-
-
 @pytest.mark.parametrize("tool", FOLDING)
 @pytest.mark.parametrize("exporter", ["dynamo-noopt", "torchscript"])
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_a_computed_call_is_refused(kind, exporter, tool, made, tmp_path):
     folder, _, x, _ = case = made(kind)
-    graph = changed_graph(case, exporter, tool, tmp_path)
+    graph = changed.changed_graph(case, exporter, tool, tmp_path)
     for mode in MODES:
         for options in ({}, {"checkpoint": folder / "base"}):
             got = changed.outcome(
@@ -265,7 +258,7 @@ def test_the_hint_leads_to_the_right_answer(kind, exporter, made, tmp_path):
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_constants_are_no_obstacle(kind, exporter, tool, made, tmp_path):
     folder, _, x, wanted = case = made(kind)
-    graph = changed_graph(case, exporter, tool, tmp_path)
+    graph = changed.changed_graph(case, exporter, tool, tmp_path)
     merge_onnx(graph, folder / "adapter", tmp_path / "out.onnx", checkpoint=folder / "base")
     got = changed.run(tmp_path / "out.onnx", {"x": x.numpy()})
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)

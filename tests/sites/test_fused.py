@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import changed_graphs as changed
 import pytest
 import torch
@@ -248,19 +246,12 @@ def made(tmp_path_factory):
     return make
 
 
-def changed_graph(case, exporter: str, tool: str, tmp_path: Path) -> Path:
-    _, model, x, _ = case
-    EXPORTERS[exporter](model, x, tmp_path / "raw.onnx")
-    TOOLS[tool](tmp_path / "raw.onnx", tmp_path / "graph.onnx")
-    return tmp_path / "graph.onnx"
-
-
 @pytest.mark.parametrize("tool", FOLDING)
 @pytest.mark.parametrize("exporter", ["dynamo-noopt", "torchscript"])
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_a_folded_answer_is_refused(kind, exporter, tool, made, tmp_path):
     folder, _, x, _ = case = made(kind)
-    graph = changed_graph(case, exporter, tool, tmp_path)
+    graph = changed.changed_graph(case, exporter, tool, tmp_path)
     for mode in MODES:
         got = changed.outcome(
             mode, graph, folder / "adapter", x.numpy(), tmp_path / "out.onnx", checkpoint=folder / "base"
@@ -274,7 +265,7 @@ def test_a_folded_answer_is_refused(kind, exporter, tool, made, tmp_path):
 @pytest.mark.parametrize("tool", ["onnxslim", "ort-basic"])
 def test_a_folded_answer_is_refused_where_the_layer_is_adapted_as_well(tool, made, tmp_path):
     folder, _, x, _ = case = made(Times, ("conv", "g"))
-    graph = changed_graph(case, "torchscript", tool, tmp_path)
+    graph = changed.changed_graph(case, "torchscript", tool, tmp_path)
     got = changed.outcome(
         "merge", graph, folder / "adapter", x.numpy(), tmp_path / "out.onnx", checkpoint=folder / "base"
     )
@@ -284,7 +275,7 @@ def test_a_folded_answer_is_refused_where_the_layer_is_adapted_as_well(tool, mad
 
 def test_the_reason_names_constant_node_and_tool(made, tmp_path):
     folder, _, _, _ = case = made(Plus)
-    graph = changed_graph(case, "dynamo-noopt", "ort-basic", tmp_path)
+    graph = changed.changed_graph(case, "dynamo-noopt", "ort-basic", tmp_path)
     with pytest.raises(SiteError) as refused:
         merge_onnx(graph, folder / "adapter", tmp_path / "out.onnx", checkpoint=folder / "base")
     line = refused.value.problems[0]
@@ -295,7 +286,7 @@ def test_the_reason_names_constant_node_and_tool(made, tmp_path):
 
 def test_one_number_is_refused_if_an_adapted_module_gives_one(made, tmp_path):
     folder, _, x, _ = case = made(Gate)
-    graph = changed_graph(case, "torchscript", "onnxsim", tmp_path)
+    graph = changed.changed_graph(case, "torchscript", "onnxsim", tmp_path)
     got = changed.outcome(
         "merge", graph, folder / "adapter", x.numpy(), tmp_path / "out.onnx", checkpoint=folder / "base"
     )
@@ -318,7 +309,7 @@ def test_the_hint_leads_to_the_right_answer(made, tmp_path):
 @pytest.mark.parametrize("kind", OWN)
 def test_what_the_model_has_there_is_no_obstacle(kind, exporter, tool, made, tmp_path):
     folder, _, x, wanted = case = made(kind)
-    graph = changed_graph(case, exporter, tool, tmp_path)
+    graph = changed.changed_graph(case, exporter, tool, tmp_path)
     for mode in MODES:
         got = changed.outcome(
             mode, graph, folder / "adapter", x.numpy(), tmp_path / "out.onnx", checkpoint=folder / "base"

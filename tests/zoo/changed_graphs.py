@@ -531,3 +531,13 @@ def saved(
     adapted.save_pretrained(folder / "adapter")
     with torch.no_grad():
         return adapted(x).numpy()
+
+
+def changed_graph(
+    case: tuple[Any, nn.Module, torch.Tensor, Any], exporter: str, tool: str, folder: Path
+) -> Path:
+    """Export a case's model, the second of four, and let a tool change the graph; return that."""
+    _, model, x, _ = case
+    EXPORTERS[exporter](model, x, folder / "raw.onnx")
+    TOOLS[tool](folder / "raw.onnx", folder / "graph.onnx")
+    return folder / "graph.onnx"

@@ -35,9 +35,9 @@ from lora_export.plan import Refusal
 from lora_export.sites import operator_named
 from lora_export.sites.doubts.changed import is_path
 from lora_export.sites.doubts.picked import NUMBERED, picked_rows
-from lora_export.sites.doubts.readers import WEIGHTS, module_of
+from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import folded_names, path_in, weight_name, weight_path
-from lora_export.sites.slot import NORMS, Use
+from lora_export.sites.slot import NORMS, WEIGHTS, Use
 from lora_export.sites.target import BaseWeights, Site
 from lora_export.sites.values.moved import FEW, moved_parameters
 from lora_export.sites.values.numbers import are_steps, is_written

@@ -24,9 +24,9 @@ import onnx_ir as ir
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import release
-from lora_export.sites.doubts.readers import WEIGHTS, has_two_products, module_of, reads_another
+from lora_export.sites.doubts.readers import has_two_products, module_of, reads_another
 from lora_export.sites.naming.evidence import computed_from, folded_from, path_in, weight_name, weight_path
-from lora_export.sites.slot import Use
+from lora_export.sites.slot import WEIGHTS, Use
 from lora_export.sites.target import Site
 from lora_export.sites.values.codes import canonical_shape, rows_of
 from lora_export.sites.values.fingerprints import find_places

@@ -15,10 +15,10 @@ from itertools import chain
 import onnx_ir as ir
 
 from lora_export.sites.doubts.copies import holds_rows
-from lora_export.sites.doubts.readers import WEIGHTS, module_of
+from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.isolate import reading_nodes
 from lora_export.sites.naming.evidence import folded_names
-from lora_export.sites.slot import Use
+from lora_export.sites.slot import WEIGHTS, Use
 from lora_export.sites.target import Site
 from lora_export.sites.values.codes import canonical_shape
 

@@ -27,7 +27,7 @@ from lora_export.sites.doubts.copies import holds_rows, is_nameless
 from lora_export.sites.doubts.readers import is_related, module_of
 from lora_export.sites.naming import names
 from lora_export.sites.naming.evidence import NODE_NAME, SCOPE, weight_name, weight_path
-from lora_export.sites.slot import Use
+from lora_export.sites.slot import WEIGHTS, Use
 from lora_export.sites.target import Site, WeightOf
 from lora_export.sites.values.codes import canonical_shape
 
@@ -142,7 +142,7 @@ def _nameless_places(site: Site, uses: Sequence[Use], enough: int) -> int:
         if (
             count < enough
             and id(use) not in mine
-            and use.slot.kind in ("linear", "conv", "embedding")
+            and use.slot.kind in WEIGHTS
             and is_nameless(use)
             and canonical_shape(use) == site.target.matrix
             and holds_rows(site, use)

@@ -22,7 +22,7 @@ from lora_export.adapter import Array
 from lora_export.graph.onnx_file import release, shape_of
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import weight_name
-from lora_export.sites.slot import Use
+from lora_export.sites.slot import WEIGHTS, Use
 from lora_export.sites.target import BaseWeights, Site
 from lora_export.sites.values.codes import canonical_shape
 from lora_export.sites.values.moved import first_as_row, lines_of, same_order
@@ -31,7 +31,6 @@ from lora_export.sites.values.verify import canonical_rows
 # TorchScript's name for a value that it computed itself, never a product of matrices (`constant_fold.cpp` of
 # torch's passes/onnx lists the operators).
 NUMBERED = re.compile(r"onnx::\w+_\d+")
-_MATRICES = ("linear", "conv", "embedding")
 
 
 def picked_rows(
@@ -65,7 +64,7 @@ def _may_hold(site: Site, use: Use, base: BaseWeights | None) -> bool:
     numbered = NUMBERED.fullmatch(weight_name(use)) is not None
     if site.target.experts > 1 or (not _is_table(site) and (base is None or numbered)):
         return False
-    if use.slot.kind not in _MATRICES:
+    if use.slot.kind not in WEIGHTS:
         return True
     rows, cols = canonical_shape(use)
     is_whole = rows >= site.target.matrix[0] and cols == site.target.matrix[1]

@@ -17,11 +17,10 @@ from lora_export.sites.naming.evidence import (
     scope_path,
     weight_path,
 )
-from lora_export.sites.slot import Use
+from lora_export.sites.slot import WEIGHTS, Use
 from lora_export.sites.target import Part, Site, Target
 from lora_export.sites.uses import has_body
 
-WEIGHTS = ("linear", "conv", "embedding")
 _CALL = re.compile(r"_\d+")
 
 
