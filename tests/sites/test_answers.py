@@ -76,6 +76,18 @@ class OnSines(Base):
         return self.out(torch.relu(self.proj(x))) * self.out(torch.relu(self.proj(sines[None])))
 
 
+class OnScale(Base):
+    """The scale of a norm that is written out, which tools join to one node."""
+
+    def scaled(self, x, scale):
+        gaps = x - x.mean(-1, keepdim=True)
+        return gaps / torch.sqrt((gaps**2).mean(-1, keepdim=True) + 1e-5) * scale
+
+    def forward(self, x):
+        y = torch.tanh(self.proj(x))
+        return self.out(self.scaled(y, self.proj(self.table[0])))
+
+
 class Scored(Base):
     """An answer that further layers have reduced: its size is nobody's."""
 
@@ -148,6 +160,19 @@ class Steps(Base):
         return self.out(torch.sin(self.proj(x) * frequencies)) + grid[:, None]
 
 
+class GemmaNorm(OnScale):
+    """The scale is a parameter's, plus 1; the mask holds the smallest number of float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(0.3 * torch.randn(D))
+
+    def forward(self, x):
+        q = self.scaled(self.proj(x), 1 + self.scale)
+        mask = torch.full((x.shape[1],) * 2, torch.finfo(torch.float32).min).triu(1)
+        return self.out(torch.softmax(q @ q.transpose(1, 2) + mask, -1) @ q)
+
+
 class Positions(Base):
     """Rows of a table, picked and split into heads."""
 
@@ -203,8 +228,8 @@ class Alibi(Base):
         return self.out((scores @ q).transpose(1, 2).reshape(x.shape))
 
 
-ANSWERS = (OnTable, OnNorm, OnHeads, OnSines, Scored, Reduced, Averaged, FewGates, Chosen)
-OTHERS = (Positions, Rotary, RelativeBias, Latents, Alibi, Scalars, Steps)
+ANSWERS = (OnTable, OnNorm, OnHeads, OnSines, OnScale, Scored, Reduced, Averaged, FewGates, Chosen)
+OTHERS = (GemmaNorm, Positions, Rotary, RelativeBias, Latents, Alibi, Scalars, Steps)
 FOLDING = ("onnxsim", "onnxslim", "ort-basic")
 
 
@@ -253,6 +278,7 @@ def test_the_hint_leads_to_the_right_answer(kind, exporter, made, tmp_path):
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning:numpy")
 @pytest.mark.parametrize("tool", FOLDING)
 @pytest.mark.parametrize("exporter", ["dynamo-noopt", "torchscript"])
 @pytest.mark.parametrize("kind", OTHERS)

@@ -37,7 +37,7 @@ from lora_export.sites.doubts.changed import is_path
 from lora_export.sites.doubts.picked import NUMBERED, picked_rows
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import folded_names, path_in, weight_name, weight_path
-from lora_export.sites.slot import NORMS, WEIGHTS, Use
+from lora_export.sites.slot import WEIGHTS, Use
 from lora_export.sites.target import BaseWeights, Site
 from lora_export.sites.values.moved import FEW, moved_parameters
 from lora_export.sites.values.numbers import are_steps, is_written
@@ -139,9 +139,8 @@ def _is_suspect(use: Use, base: BaseWeights | None) -> bool:
         return False
     if base is None and _is_lookup(name, use):
         return False
-    if max(_shape(use)) == math.prod(_shape(use)) and (
-        use.node.op_type in NORMS or operator_named(use.node.op_type)
-    ):
+    # A tool that joins nodes to a norm or a product takes an answer that was multiplied or added behind it.
+    if max(_shape(use)) == math.prod(_shape(use)) and operator_named(use.node.op_type):
         return False
     assert root.const_value is not None
     told = _is_plain(np.asarray(root.const_value.numpy()))

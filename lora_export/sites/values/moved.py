@@ -52,12 +52,13 @@ def moved_parameters(constants: Iterable[ir.Value], base: BaseWeights, changed: 
     vectors = {key: _vectors(value) for key, value in left.items()}
     single = {key for key, value in left.items() if _has_one_axis(value)}
     found: set[int] = set()
-    for every in (False, True):
+    # What costs least goes first: most constants are whole parameters.
+    for explain in (_with_first_row, _with_row, _with_order):
         if not left.keys() - found:
             break
         for name in base.shapes:
             told = found | single if name in changed else found
-            found |= _with_row(base.values(name), {k: v for k, v in vectors.items() if k not in told}, every)
+            found |= explain(base.values(name), {k: v for k, v in vectors.items() if k not in told})
     found |= _picked([value for key, value in left.items() if key not in found], base, changed)
     return found | _packed([left[key] for key in sorted(single - found)], base, changed)
 
@@ -105,7 +106,8 @@ def _vectors(value: ir.Value) -> list[Array]:
 
 
 def _unit(vector: Array) -> Array | None:
-    length = np.linalg.norm(vector)
+    # A mask's smallest float32 has a square that float32 can't hold.
+    length = np.linalg.norm(vector.astype(np.float64))
     return vector / length if len(vector) >= _SHORTEST and length > 0 else None
 
 
@@ -164,25 +166,34 @@ def _copied(value: ir.Value, line: Array) -> Array:
     return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
 
 
-def _with_row(values: Array, vectors: Mapping[int, list[Array]], every: bool) -> set[int]:
-    """Return the identities of constants with a vector that is a row of a parameter.
+def _with_first_row(values: Array, vectors: Mapping[int, list[Array]]) -> set[int]:
+    """Return the identities of constants with a vector that is a parameter's first row or kernel."""
+    return _with_row(values, vectors, slice(1))
+
+
+def _with_row(values: Array, vectors: Mapping[int, list[Array]], rows: slice = slice(None)) -> set[int]:
+    """Return the identities of constants with a vector that is one of some rows of a parameter.
 
     Args:
         values: Values of the parameter.
         vectors: Identity of a constant → its vectors.
-        every: Compare all rows; otherwise only the first, which is enough for whole parameters.
+        rows: The rows, or kernels, that are compared.
     """
     if not values.size or not values.ndim:
         return set()
-    forms = [values.reshape(-1, values.shape[-1])[: None if every else 1]]
+    forms = [values.reshape(-1, values.shape[-1])[rows]]
     if values.ndim > 2:
-        forms.append(values.reshape(len(values), -1)[: None if every else 1])
+        forms.append(values.reshape(len(values), -1)[rows])
     return {
         key
         for key, mine in vectors.items()
-        if any(len(vector) == rows.shape[1] and _holds(rows, vector) for vector in mine for rows in forms)
-        or (len(mine) == 1 and same_order(values, mine[0]))
+        if any(len(vector) == form.shape[1] and _holds(form, vector) for vector in mine for form in forms)
     }
+
+
+def _with_order(values: Array, vectors: Mapping[int, list[Array]]) -> set[int]:
+    """Return the identities of constants that are one vector, in the order of a parameter's values."""
+    return {key for key, mine in vectors.items() if len(mine) == 1 and same_order(values, mine[0])}
 
 
 def _holds(rows: Array, vector: Array) -> bool:
