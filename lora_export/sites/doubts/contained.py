@@ -73,9 +73,10 @@ def branch_beside(site: Site) -> str:
 
 def _addends(node: ir.Node) -> Iterator[ir.Value]:
     """Yield the values that are added to a node's product before anything else is done with it."""
-    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-        yield node.inputs[2]
-    front = [node.outputs[0]]
+    # Gemm's C, and the sum with which ONNX Runtime fuses a convolution.
+    inside = {"Gemm": 2, "FusedGemm": 2, "FusedConv": 3}.get(node.op_type, len(node.inputs))
+    yield from (value for value in node.inputs[inside : inside + 1] if value is not None)
+    front = [] if _has_activation(node) else [node.outputs[0]]
     for _ in range(_STEPS):
         readers = [(value, usage.node) for value in front for usage in value.uses()]
         front = []
@@ -94,9 +95,17 @@ def _product(value: ir.Value | None) -> ir.Node | None:
             return None
         operator = operator_named(maker.op_type)
         if operator and operator.weight is not None:
-            return maker if constant_behind(maker.inputs[operator.weight]) is not None else None
+            is_fixed = constant_behind(maker.inputs[operator.weight]) is not None
+            return maker if is_fixed and not _has_activation(maker) else None
         value = _through(value, _SCALED)
     return None
+
+
+def _has_activation(node: ir.Node) -> bool:
+    """Return whether an activation is inside a product: no adapter has one between A and B."""
+    operator = operator_named(node.op_type)
+    activated = operator is not None and operator.without_activation
+    return bool(activated and node.attributes.get_string("activation", ""))
 
 
 def _viewed(value: ir.Value | None) -> ir.Value | None:
