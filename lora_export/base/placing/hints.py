@@ -23,6 +23,7 @@ _AGAIN = (
     "export the graph again with torch.onnx.export(..., dynamo=True, optimize=False), which keeps names, "
     "computes nothing in advance and has one constant for all calls of a module"
 )
+_TOOLS_LAST = "run tools that change a graph on what is written here"
 _USED = (
     "give the graph as its exporter wrote it: a tool may have put another product in place of these "
     "modules, or removed the output that depends on them"
@@ -106,11 +107,11 @@ _HINTS = (
         checked=True,
         is_guess=True,
     ),
-    _Hint(kind="ambiguous", into=_GRAPH, text=_AGAIN, checked=True, is_guess=True),
+    _Hint(kind="ambiguous", into=_GRAPH, text=f"{_AGAIN}, and {_TOOLS_LAST}", checked=True, is_guess=True),
     _Hint(
         kind="ambiguous",
         into=_GRAPH,
-        text=f"{_AGAIN}, and give --checkpoint BASE_DIR",
+        text=f"{_AGAIN}, give --checkpoint BASE_DIR, and {_TOOLS_LAST}",
         checked=False,
         is_guess=True,
     ),
