@@ -61,6 +61,8 @@ _UNREAD = {
     "RandomNormalLike": (0,),
     "RandomUniformLike": (0,),
 }
+# Number of nodes between a LoRA tensor and its product, and of their results that are followed.
+_MOVES = 8
 # Values that are compared at once.
 _CHUNK = 1 << 20
 
@@ -109,20 +111,27 @@ class Reach:
             return True
         return node.op_type in _PRODUCTS | _WITH_ADDEND and self._is_zero_read(node.outputs[0])
 
+    def multiplies_zeros(self, value: ir.Value) -> bool:
+        """Return whether a value, perhaps moved, is a factor of zeros that an output depends on with more."""
+        front = [value]
+        for _ in range(_MOVES):
+            made = [output for one in front for node, _ in one.uses() for output in node.outputs]
+            if any(id(output) in self._zero and self._is_zero_read(output) for output in made):
+                return True
+            front = [output for output in made if id(output) not in self._zero][:_MOVES]
+        return False
+
     def _is_zero_read(self, value: ir.Value) -> bool:
-        """Return whether an output depends on a node that reads zeros, perhaps moved."""
+        """Return whether an output depends on a node that reads these zeros, or what is zero by them."""
         pending, seen = [value], {id(value)}
         while pending:
             value = pending.pop()
             if value.is_graph_output() or any(self.reads(node, index) for node, index in value.uses()):
                 return True
-            moved = (
-                node.outputs[0] for node, index in value.uses() if node.op_type in _KEEPING and not index
-            )
-            for other in moved:
-                if id(other) not in seen:
-                    seen.add(id(other))
-                    pending.append(other)
+            for node, _ in value.uses():
+                zeros = [one for one in node.outputs if id(one) in self._zero and id(one) not in seen]
+                seen.update(id(one) for one in zeros)
+                pending += zeros
         return False
 
     def _find_zeros(self, graph: ir.Graph) -> None:

@@ -11,6 +11,8 @@ from lora_export.graph.reach import Reach
 def unused_modules(graph: ir.Graph, exposed: ExposedGraph, *, genai: bool = False) -> frozenset[str]:
     """Return `ExposedModule.name` of modules of whose tensors one changes no output, whatever its values.
 
+    One of a module that is called on zeros does so in PyTorch as well (`doubts.unused`), and is left out.
+
     Args:
         graph: The main graph. Constants of the record that a tool has renamed are left out.
         exposed: The graph's LoRA record.
@@ -27,4 +29,8 @@ def unused_modules(graph: ir.Graph, exposed: ExposedGraph, *, genai: bool = Fals
     found = {name: value for name, value in named.items() if value is not None}
     # Those of a bank may be constants: of adapters that were not trained yet they are zero.
     reach = Reach(graph, {id(value) for value in found.values()})
-    return frozenset(tensors[name] for name, value in found.items() if not reach.depends_on(value))
+    return frozenset(
+        tensors[name]
+        for name, value in found.items()
+        if not reach.depends_on(value) and not reach.multiplies_zeros(value)
+    )

@@ -13,7 +13,7 @@ from lora_export.adapter import Array
 from lora_export.graph.onnx_file import matrix_shape, shape_of, stored_matrix
 from lora_export.plan import Refusal
 from lora_export.sites import operator_named
-from lora_export.sites.slot import DEQUANTIZE, Use
+from lora_export.sites.slot import DEQUANTIZE, LEFT, Use
 from lora_export.sites.target import Miss, Part, Site, Target
 from lora_export.storage.patch import Placement
 
@@ -104,6 +104,12 @@ def place(target: Target, use: Use, part: tuple[int, int] | None = None) -> tupl
         reason = f"the graph's fused weight has {height} rows, which {rows} rows at {part} do not fit"
         return Refusal("shape", reason)
     return (placement_at(offset, (0, rows), transposed),)
+
+
+def without_operands(target: Target, uses: list[Use], part: tuple[int, int] | None) -> list[Use]:
+    """Return uses without those on the left of a product that don't fit, if others are left."""
+    left = [use for use in uses if use.no_branch == LEFT and isinstance(place(target, use, part), Refusal)]
+    return [use for use in uses if use not in left] or uses
 
 
 def placement_at(offset: int, rows: tuple[int, int], transposed: bool) -> Placement:

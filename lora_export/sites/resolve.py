@@ -346,6 +346,8 @@ class Resolver:
         evidence: str,
         verified: bool,
     ) -> Site | Miss:
+        # A module that is called on a constant has two: the one of another shape is not its weight.
+        groups = [fit.without_operands(target, group, part) for group in groups]
         if refused := next((use for group in groups for use in group if self._refusal(use)), None):
             tail = "" if self._branches else ": it can't be merged into"
             return Miss(target, Refusal(_kind_of(refused), f"{self._refusal(refused)}{tail}"))

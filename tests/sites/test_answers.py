@@ -157,7 +157,9 @@ class Steps(Base):
     def forward(self, x):
         frequencies = torch.exp(-math.log(10000) * torch.arange(D) / D)
         grid = (torch.arange(x.shape[1]) + 0.5) / x.shape[1]
-        return self.out(torch.sin(self.proj(x) * frequencies)) + grid[:, None]
+        # DETR's: each one for a sine and a cosine.
+        pairs = 10000 ** (2 * torch.div(torch.arange(D), 2, rounding_mode="floor") / D)
+        return self.out(torch.sin(self.proj(x) * frequencies) / pairs) + grid[:, None]
 
 
 class GemmaNorm(OnScale):

@@ -2,11 +2,14 @@
 
 from functools import partial
 
+import changed_graphs as changed
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from safetensors.numpy import save_file
 from small_graphs import adapter, delta, error, graph, linear, random, refusals, run, save
+from torch import nn
 
 from lora_export import (
     AdapterSession,
@@ -91,6 +94,47 @@ def model_of(lines, q=W, **more):
     weights |= {"row": random(SIZE, seed=5), "no": np.array(False)}
     text = f"d = MatMul (x, q_weight) n = MatMul (x, val_1) {lines} y = Add (n, z)"
     return graph(f"g (float[B,8] x) => (float[B,8] y) {{ {text} }}", weights)
+
+
+class FromZeros(nn.Module):
+    """DETR's decoder: its first attention takes its values from zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.v_proj = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+    def forward(self, x):
+        target = torch.zeros_like(x)
+        return torch.softmax(self.proj(x), -1) * self.v_proj(target) + x
+
+
+class FromZeroState(FromZeros):
+    """The first step of a recurrent network."""
+
+    def forward(self, x):
+        state = torch.zeros_like(x)
+        return torch.tanh(self.proj(x) + self.v_proj(state))
+
+
+@pytest.mark.parametrize("exporter", ["dynamo-noopt", "torchscript"])
+@pytest.mark.parametrize("kind", [FromZeros, FromZeroState])
+def test_a_module_that_is_called_on_zeros(kind, exporter, tmp_path):
+    """Its weight has no effect in PyTorch either; alone it would be an adapter without any."""
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(2, 3, SIZE)
+    for name, targets in (("both", ("proj", "v_proj")), ("alone", ("v_proj",))):
+        (tmp_path / name).mkdir()
+        wanted = changed.saved(model, x, tmp_path / name, targets)
+        changed.EXPORTERS[exporter](model, x, tmp_path / "g.onnx")
+        for mode in changed.MODES:
+            got = changed.outcome(
+                mode, tmp_path / "g.onnx", tmp_path / name / "adapter", x.numpy(), tmp_path / "out.onnx"
+            )
+            if name == "both":
+                np.testing.assert_allclose(got, wanted, atol=1e-5)
+            else:
+                assert UNUSED in str(got)
+                np.testing.assert_allclose(wanted, model(x).detach().numpy(), atol=1e-6)
 
 
 def swap(base, given, out):

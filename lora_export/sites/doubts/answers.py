@@ -44,6 +44,8 @@ from lora_export.sites.values.numbers import are_steps, is_written
 
 # TorchScript's name for the output of a node that computes something.
 _OUTPUT = re.compile(r"/(?:[^/]+/)*(?!Constant)[^/]+_output_\d+")
+# TorchScript's name for a number or table from the model's code.
+_LITERAL = re.compile(r"(?:/(?:[^/]+/)*)?Constant(?:_\d+)?_output_\d+")
 # torch.export's names for values that were computed, not moved; the exporter's metadata is gone where a tool
 # has turned them into constants.
 _VALUE = re.compile(
@@ -124,7 +126,15 @@ def _is_computed(use: Use) -> bool:
     tensor = use.root.const_value
     if tensor is None or tensor.dtype not in FLOAT_TYPES or use.quantised or math.prod(_shape(use)) < 2:
         return False
-    return not is_path(weight_path(weight_name(use)))
+    return not is_path(weight_path(weight_name(use))) and not _scales_codes(use)
+
+
+def _scales_codes(use: Use) -> bool:
+    """Return whether a constant is the scale of a weight's codes: its other factor is an activation's."""
+    others = (value.producer() for value in use.node.inputs if value is not None)
+    return use.node.op_type == "Mul" and any(
+        maker is not None and maker.op_type == "DynamicQuantizeLinear" for maker in others
+    )
 
 
 def _is_suspect(use: Use, base: BaseWeights | None) -> bool:
@@ -135,7 +145,9 @@ def _is_suspect(use: Use, base: BaseWeights | None) -> bool:
     if base is None and name.startswith("val_") and use.slot.kind in WEIGHTS:
         # Another layer's weight, which the exporter has turned.
         return False
-    if _GIVEN in root.metadata_props or NUMBERED.fullmatch(name) or folded_names(root):
+    if _GIVEN in root.metadata_props or folded_names(root):
+        return False
+    if any(rule.fullmatch(name) for rule in (NUMBERED, _LITERAL)):
         return False
     if base is None and _is_lookup(name, use):
         return False

@@ -43,11 +43,18 @@ def is_read_with_bias(reach: Reach, use: Use) -> bool:
     The first step of an unrolled recurrent network multiplies zeros: the weight has no effect there, its
     module's bias has.
     """
-    return is_read(reach, use) or (use.slot.kind in ("linear", "conv") and reach.sums_zeros(use.node))
+    return is_read(reach, use) or _reads_zeros(reach, use)
+
+
+def _reads_zeros(reach: Reach, use: Use) -> bool:
+    return use.slot.kind in ("linear", "conv") and reach.sums_zeros(use.node)
 
 
 def unused_sites(graph: GraphFile, reach: Reach, sites: Sequence[Site]) -> Mapping[int, Miss]:
     """Return identity of a target → why it is lost, where a weight that the sites don't change is zero.
+
+    A module that is called on zeros has a site if others of the adapter change an output: a decoder may start
+    from zeros (DETR), and what its weight gives there is zero with any adapter.
 
     Args:
         graph: The graph.
@@ -56,12 +63,19 @@ def unused_sites(graph: GraphFile, reach: Reach, sites: Sequence[Site]) -> Mappi
     """
     changed = {id(part.root) for site in sites for part in site.parts}
     as_it_is = reach if reach.zero_changeable <= changed else Reach(graph.graph, changed)
-    lost, budget = {}, Budget(MAX_FOLLOWED)
-    for site in sites:
-        uses = [use for part in site.parts for use in part.uses]
-        if not any(_is_used(as_it_is, site.target, part, budget) for part in site.parts):
-            lost[id(site.target)] = unused(site.target, uses[0])
-    return lost
+    budget = Budget(MAX_FOLLOWED)
+    left = [site for site in sites if not any(_is_used(as_it_is, site.target, p, budget) for p in site.parts)]
+    if len(left) < len(sites):
+        left = [site for site in left if not any(_reads_zeros(as_it_is, use) for use in _uses(site))]
+    found = {}
+    for site in left:
+        use = _uses(site)[0]
+        found[id(site.target)] = unused(site.target, use, _reads_zeros(as_it_is, use))
+    return found
+
+
+def _uses(site: Site) -> list[Use]:
+    return [use for part in site.parts for use in part.uses]
 
 
 def _is_used(reach: Reach, target: Target, part: Part, budget: Budget) -> bool:
@@ -89,8 +103,15 @@ def _columns(target: Target, use: Use, placement: Placement) -> Columns | None:
     return Columns(use.node.outputs[0], axis, size=size, start=start, stop=stop, rank=rank)
 
 
-def unused(target: Target, use: Use) -> Miss:
-    """Return the miss of a target whose weight is read where no output depends on it."""
+def unused(target: Target, use: Use, on_zeros: bool = False) -> Miss:
+    """Return the miss of a target whose weight is read where no output depends on it.
+
+    Args:
+        target: The target.
+        use: A use of its weight.
+        on_zeros: True if what the weight is multiplied with is zero whatever the graph's inputs are.
+    """
     node = f"{use.node.op_type} {use.node.name!r}" if use.node.name else use.node.op_type
-    reason = f"the graph never uses it: no output depends on {node}, which reads {use.root.name!r}"
+    why = "multiplies it with zeros" if on_zeros else f"reads {use.root.name!r}"
+    reason = f"the graph never uses it: no output depends on {node}, which {why}"
     return Miss(target, Refusal("unused", reason))

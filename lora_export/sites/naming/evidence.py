@@ -29,9 +29,10 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 _MODULES = "pkg.onnxscript.name_scopes"
 _CLASSES = "pkg.torch.onnx.class_hierarchy"
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
-# Suffixes that builders append to a parameter's name, e.g. `….q_proj.MatMul.weight_Q4`.
+# Suffixes that builders append to a parameter's name, e.g. `….q_proj.MatMul.weight_Q4`. ONNX Runtime's
+# quantiser makes a MatMul of `….weight_Transposed` from a Gemm (``replace_gemm_with_matmul``).
 _WEIGHT_SUFFIX = re.compile(
-    r"(?:\.(?:MatMul|Gemm|Add|LayerNorm))?\.(weight|bias)(?:_DQ)?(?:_Q4|_Q8|_Bnb4|_quantized)?$"
+    r"(?:\.(?:MatMul|Gemm|Add|LayerNorm))?\.(weight|bias)(?:_DQ)?(?:_Transposed)?(?:_Q4|_Q8|_Bnb4|_quantized)?$"
 )
 # mobius folds a Transpose, or a Concat along the outputs, into a constant (``mobius/_passes/fold_*.py``):
 # `….q_proj.weight_t`, `….q_proj.weight__….k_proj.weight__….v_proj.weight__axis_0__concat_t`.

@@ -26,8 +26,9 @@ _WHOLE = 4096
 _LOG = 10
 
 
-# Largest relative deviation of a sequence's steps or ratios from equal ones by rounding.
-_STEPS = 1e-4
+# Largest relative deviation of a sequence's steps or ratios from equal ones by rounding, and the least number
+# of values that have equal ones by no chance when they are sorted.
+_STEPS, _TOLD = 1e-4, 5
 # What models compute of a parameter's values, each by itself.
 FUNCTIONS: tuple[Callable[[Array], Array], ...] = (
     lambda v: v,
@@ -78,8 +79,15 @@ def _is_whole(size: float, most: float = _WHOLE) -> bool:
 
 
 def are_steps(values: Array) -> bool:
-    """Return whether neighbours in a vector have equal differences or ratios (positions, frequencies)."""
-    steps = np.diff(values)
-    if np.ptp(steps) <= _STEPS * np.abs(steps).max():
-        return True
-    return bool(values.all()) and bool(np.ptp(values[1:] / values[:-1]) <= _STEPS)
+    """Return whether neighbours in a vector have equal differences or ratios (positions, frequencies).
+
+    Each value may be there several times, and the whole more than once (a sine's and a cosine's).
+    """
+    found = np.unique(values)
+    for one in (values, found) if len(found) >= _TOLD else (values,):
+        steps = np.diff(one)
+        if np.ptp(steps) <= _STEPS * np.abs(steps).max():
+            return True
+        if one.all() and np.ptp(one[1:] / one[:-1]) <= _STEPS:
+            return True
+    return False
