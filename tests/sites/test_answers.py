@@ -230,8 +230,75 @@ class Alibi(Base):
         return self.out((scores @ q).transpose(1, 2).reshape(x.shape))
 
 
+class Patches(Base):
+    """DINOv3's: cosines and sines of angles that follow no row, and an embedding of one time."""
+
+    def forward(self, x):
+        at = torch.cartesian_prod(torch.arange(4), torch.arange(2)) / 3 - 0.4
+        angles = (at[:, :, None] * 2 * math.pi / 100 ** (torch.arange(4) / 4)).flatten(1)
+        cos, sin = (torch.cat([t, t], -1) for t in (angles.cos(), angles.sin()))
+        time = 7 * torch.exp(-math.log(100) * torch.arange(D // 2) / (D // 2))
+        y = torch.tanh(self.proj(x)) + torch.cat([time.cos(), time.sin()])
+        turned = torch.cat([-y[..., D // 2 :], y[..., : D // 2]], -1)
+        return self.out(y * cos + turned * sin)
+
+
+class FewSteps(Base):
+    """ALiBi's slopes, of which some have many digits, and four frequencies."""
+
+    def forward(self, x):
+        slopes = 2.0 ** (-2 * torch.arange(1, 5))
+        few = torch.exp(-torch.arange(4) / 4 * 2.3)
+        y = self.proj(x).view(*x.shape[:2], 4, -1) * slopes[:, None]
+        return self.out((y * few).flatten(-2))
+
+
+class PositionalConvolution(Base):
+    """wav2vec2's: the lengths that a weight norm gives are along the last axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv = nn.Conv1d(D, D, 3, padding=1, groups=2)
+        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
+        with torch.no_grad():
+            self.conv.parametrizations.weight.original0.mul_(torch.rand(3) + 0.5)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.conv(self.proj(x).transpose(1, 2)).transpose(1, 2)))
+
+
+class Recurrent(Base):
+    """Tools join the biases of inputs and states, gates in another order."""
+
+    def __init__(self, kind: type[nn.RNNBase] = nn.LSTM) -> None:
+        super().__init__()
+        self.rnn = kind(D, D // 2, batch_first=True, bidirectional=True)
+
+    def forward(self, x):
+        return self.out(self.rnn(torch.relu(self.proj(x)))[0])
+
+
+class Gru(Recurrent):
+    def __init__(self) -> None:
+        super().__init__(nn.GRU)
+
+
 ANSWERS = (OnTable, OnNorm, OnHeads, OnSines, OnScale, Scored, Reduced, Averaged, FewGates, Chosen)
-OTHERS = (GemmaNorm, Positions, Rotary, RelativeBias, Latents, Alibi, Scalars, Steps)
+OTHERS = (
+    Patches,
+    FewSteps,
+    PositionalConvolution,
+    Recurrent,
+    Gru,
+    GemmaNorm,
+    Positions,
+    Rotary,
+    RelativeBias,
+    Latents,
+    Alibi,
+    Scalars,
+    Steps,
+)
 FOLDING = ("onnxsim", "onnxslim", "ort-basic")
 
 

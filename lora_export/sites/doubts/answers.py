@@ -58,6 +58,8 @@ _VALUE = re.compile(
 _GIVEN = "pkg.torch.export.graph_signature.InputSpec.kind"
 # Least number of positions in a table of sines, and largest deviation from its rule by rounding.
 _POSITIONS, _SINES = 4, 5e-3
+# Largest table of angles, and number of tables of one shape of which two are compared.
+_ANGLES, _TABLES = 1 << 24, 8
 # Number of values along each axis that are read first, by the number of dimensions.
 _CORNER = (1, 65536, 256, 64, 16)
 
@@ -85,6 +87,8 @@ def computed_answers(
             computed[id(use.root)] = use
     found = {id(site.target): _picked(use) for site, use in picked_rows(sites, computed, base)}
     suspects = {key: use for key, use in computed.items() if _is_suspect(use, base)}
+    told = _angles(suspects)
+    suspects = {key: use for key, use in suspects.items() if key not in told}
     # Without a checkpoint nothing explains a number of torch.export's, whose literals have such names, too.
     numbers = [value for value in constants if _is_computed_number(value, base)] if sites else []
     if base is not None:
@@ -189,15 +193,55 @@ def _is_plain(values: Array) -> bool:
     corner = values[(slice(_CORNER[min(values.ndim, len(_CORNER) - 1)]),) * values.ndim]
     if len(np.unique(corner)) <= FEW and len(few := np.unique(values)) <= FEW:
         # Of 16 bits too few digits are left to tell.
-        return values.dtype.itemsize == 2 or all(is_written(float(value)) for value in few)
+        if values.dtype.itemsize == 2 or all(is_written(float(value)) for value in few):
+            return True
+        return max(values.shape) == values.size == len(few) == FEW and are_steps(few.astype(np.float64))
     exact = np.asarray(corner, np.float64)
     if not np.isfinite(exact).all():
         return False
     if np.array_equal(exact, np.round(exact)):
         return True
     if max(exact.shape) == exact.size:
-        return are_steps(exact.reshape(-1))
-    return any(_are_sines(np.moveaxis(exact, axis, 0)) for axis in range(exact.ndim))
+        return are_steps(exact.reshape(-1)) or _has_circles(values.reshape(1, -1))
+    sines = any(_are_sines(np.moveaxis(exact, axis, 0)) for axis in range(exact.ndim))
+    return sines or _has_circles(values.reshape(-1, values.shape[-1]))
+
+
+def _has_circles(rows: Array) -> bool:
+    """Return True if a cosine stands beside each sine (an embedding of a time)."""
+    size = rows.shape[1]
+    if size < _POSITIONS or size % 2:
+        return False
+    sides = (slice(size // 2), slice(size // 2, None)), (slice(0, None, 2), slice(1, None, 2))
+    return any(_are_circles(rows[:, one], rows[:, other]) for one, other in sides)
+
+
+def _are_circles(one: Array, other: Array) -> bool:
+    """Return True if ``one² + other²`` is 1: cosines and sines of the same angles."""
+    rounding = 5e-3 if one.dtype.itemsize == 2 else 1e-5
+    # The first row decides for almost every table.
+    for rows in (slice(1), slice(None)):
+        sums = one[rows].astype(np.float64) ** 2 + other[rows].astype(np.float64) ** 2
+        if not np.abs(sums - 1).max(initial=0) <= rounding:
+            return False
+    return True
+
+
+def _angles(suspects: Mapping[int, Use]) -> set[int]:
+    """Return the identities of constants that are cosines and sines of the same angles (rotary positions)."""
+    by_shape: dict[tuple[int, ...], list[tuple[int, Array]]] = {}
+    for key, use in suspects.items():
+        assert use.root.const_value is not None
+        if (values := np.asarray(use.root.const_value.numpy())).size <= _ANGLES:
+            by_shape.setdefault(values.shape, []).append((key, values))
+    found: set[int] = set()
+    for group in by_shape.values():
+        for at, (key, values) in enumerate(group):
+            # A model has its two tables side by side, a few times.
+            for other, those in group[at + 1 : at + 1 + _TABLES]:
+                if _are_circles(values, those):
+                    found |= {key, other}
+    return found
 
 
 def _are_sines(values: Array) -> bool:

@@ -31,6 +31,8 @@ _SHORTEST = 8
 _COLUMNS = 64
 # Largest number of different values of a mask, or of a vector that tells nothing.
 FEW = 4
+# Largest number of vectors whose values a tool joins: an LSTM's biases, in two directions.
+_JOINED = 4
 # Largest number of values of a table of which all are compared with a constant's.
 _SMALL = 1 << 20
 # Number of values that are read at a time.
@@ -60,11 +62,11 @@ def moved_parameters(constants: Iterable[ir.Value], base: BaseWeights, changed: 
             told = found | single if name in changed else found
             found |= explain(base.values(name), {k: v for k, v in vectors.items() if k not in told})
     found |= _picked([value for key, value in left.items() if key not in found], base, changed)
-    return found | _packed([left[key] for key in sorted(single - found)], base, changed)
+    return found | _packed([value for key, value in left.items() if key not in found], base, changed)
 
 
 def _packed(constants: Sequence[ir.Value], base: BaseWeights, changed: Set[str]) -> set[int]:
-    """Return the vectors that are vectors of the checkpoint side by side: the bias of a packed product."""
+    """Return the constants that are vectors of the checkpoint: side by side (a pack's bias), or joined."""
     names = [n for n, shape in base.shapes.items() if math.prod(shape) == max(shape, default=0)]
     pieces = [
         np.asarray(base.values(n), np.float64).reshape(-1) for n in names if constants and n not in changed
@@ -72,7 +74,13 @@ def _packed(constants: Sequence[ir.Value], base: BaseWeights, changed: Set[str])
     found: set[int] = set()
     for constant in constants:
         assert constant.const_value is not None
+        if constant.const_value.size > _SMALL:
+            continue
         values = np.asarray(constant.const_value.numpy()).reshape(-1)
+        if values.dtype == np.float32 and _are_joined(values, pieces):
+            found.add(id(constant))
+        if not _has_one_axis(constant):
+            continue
         rounding = 1e-2 if values.dtype.itemsize == 2 else 1e-5
         rest = values.astype(np.float64)
         while len(rest) and (size := _piece(rest, pieces, rounding)):
@@ -80,6 +88,16 @@ def _packed(constants: Sequence[ir.Value], base: BaseWeights, changed: Set[str])
         if not len(rest):
             found.add(id(constant))
     return found
+
+
+def _are_joined(values: Array, pieces: Sequence[Array]) -> bool:
+    """Return True if a few vectors have all of the values: gates in another order (the bias of an LSTM)."""
+    left = np.unique(values)
+    if len(left) <= FEW:
+        return False
+    for _ in range(_JOINED):
+        left = min((left[~np.isin(left, one.astype(np.float32))] for one in pieces), key=len, default=left)
+    return not len(left)
 
 
 def _piece(values: Array, pieces: Sequence[Array], rounding: float) -> int:
@@ -184,6 +202,8 @@ def _with_row(values: Array, vectors: Mapping[int, list[Array]], rows: slice = s
     forms = [values.reshape(-1, values.shape[-1])[rows]]
     if values.ndim > 2:
         forms.append(values.reshape(len(values), -1)[rows])
+        # A weight norm along the last axis keeps only directions across it (wav2vec2's positions).
+        forms.append(values.reshape(len(values), -1).T[rows])
     return {
         key
         for key, mine in vectors.items()

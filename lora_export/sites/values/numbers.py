@@ -27,8 +27,8 @@ _LOG = 10
 
 
 # Largest relative deviation of a sequence's steps or ratios from equal ones by rounding, and the least number
-# of values that have equal ones by no chance when they are sorted.
-_STEPS, _TOLD = 1e-4, 5
+# of values that have equal ones by no chance.
+_STEPS, _TOLD = 1e-4, 4
 # What models compute of a parameter's values, each by itself.
 FUNCTIONS: tuple[Callable[[Array], Array], ...] = (
     lambda v: v,
@@ -55,13 +55,13 @@ FUNCTIONS: tuple[Callable[[Array], Array], ...] = (
 def is_written(value: float) -> bool:
     """Return whether a number, in float32 or coarser, is one that programs are written with.
 
-    These are limits, decimals of a few digits, small fractions, square and fourth roots of whole numbers and
-    one over them, small multiples of π and of ``sqrt(1/π)``, and logarithms of whole numbers.
+    These are limits, powers of 2, decimals of a few digits, small fractions, square and fourth roots of whole
+    numbers and one over them, small multiples of π and of ``sqrt(1/π)``, and logarithms of whole numbers.
     """
     size = abs(value)
     if not math.isfinite(size) or size == 0 or size >= _LARGE or size < 1 / _LARGE:
         return True
-    if math.isclose(float(f"{size:.{_DIGITS}g}"), size, rel_tol=_ROUNDING):
+    if math.frexp(size)[0] == 1 / 2 or math.isclose(float(f"{size:.{_DIGITS}g}"), size, rel_tol=_ROUNDING):
         return True
     if any(map(_is_fraction, (size, size / math.pi, size * math.pi, size**2 * math.pi))):
         return True
