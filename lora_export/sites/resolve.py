@@ -54,7 +54,10 @@ from lora_export.sites.uses import find_uses, in_bodies
 from lora_export.storage.patch import Placement
 
 # Hint for a module whose weight another kind of module reads.
-_OTHER_KIND = "give the base that the adapter was trained on"
+_OTHER_KIND = (
+    "give the base that the adapter was trained on, as its exporter wrote it: a tool may have put a copy of "
+    "a weight in the place of a call that read the same one (a tied head's)"
+)
 # Hint for modules with calls in a Loop, Scan or If, whose readers an exporter gives no names.
 _OF_BODY = (
     "merge the adapter into the checkpoint (lora-export merge) and export the result: calls of the module in "

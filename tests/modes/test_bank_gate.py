@@ -450,6 +450,20 @@ def test_the_batch_input_is_named(tmp_path):
     assert "the batch is s (of shift)" in str(refused(bank_onnx, base, FC))
 
 
+@pytest.mark.parametrize("first", ["x", "z"])
+def test_a_module_that_is_called_on_two_batches(first, tmp_path):
+    """A siamese network: with either input as the batch, the other call's rows are none of it."""
+    text = (
+        "g (float[b,8] x, float[n,8] z) => (float[b,n] y) "
+        "{ [p] p = MatMul (x, fc_weight) [q] q = MatMul (z, fc_weight) t = Transpose (q) y = MatMul (p, t) }"
+    )
+    weights = {"fc.weight": np.ascontiguousarray(W.T)}
+    base = save(graph(text, weights, {"p": "fc", "q": "fc"}), tmp_path)
+    caught = refused(bank_onnx, base, FC, batch_input=first)
+    assert "one name for both axes" in caught.hint
+    assert "--batch-input" not in caught.hint
+
+
 def test_a_batch_input_that_is_none(tmp_path):
     base = fc_base(TWO_INPUTS, tmp_path)
     caught = refused(bank_onnx, base, FC, batch_input="y")

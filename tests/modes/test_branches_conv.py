@@ -243,3 +243,9 @@ def test_a_batch_norm_in_the_graph(tmp_path):
     check_bits(unoptimised(base, **feeds), unoptimised(out, **feeds))
     tensors = bind(given, report, base).tensors
     check_values(run(out, **feeds, **tensors), answer({"c": given.modules["c.weight"]}), TOLERANCE)
+
+
+def test_a_whole_convolution_is_refused_by_name(tmp_path):
+    base, *_ = conv_base(tmp_path, 4, 4, (3,), "")
+    given = adapter(extras={"c.weight": random(4, 4, 3, seed=3)})
+    assert "replaces this whole convolution" in reasons(refuse_swap(base, given))["c.weight"]

@@ -364,3 +364,16 @@ def test_a_convolution_that_trainers_compute_otherwise(name, exporter, tmp_path)
     warned = any("padding mode" in warning for warning in report.plan.warnings)
     assert warned == (error(got, trained) > 1e-3)
     assert warned == (name in PADDED)
+
+
+@pytest.mark.parametrize("tool", ["onnxslim", "ort-extended"])
+@pytest.mark.parametrize("name", ["circular", "reflect", "zeros"])
+def test_the_warning_needs_no_names(name, tool, tmp_path):
+    torch.manual_seed(0)
+    model, x = Around({**PADDED, **PLAIN}[name]()).eval(), torch.randn(2, D, 7, 7)
+    exported(model, x, "dynamo-noopt", tool, tmp_path)
+    report = merge_onnx(
+        tmp_path / "graph.onnx", tmp_path / "adapter", tmp_path / "out.onnx", checkpoint=tmp_path / "base"
+    )
+    warned = any("padding mode" in warning for warning in report.plan.warnings)
+    assert warned == (name in PADDED)

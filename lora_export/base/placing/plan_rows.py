@@ -98,7 +98,8 @@ def warned_of_training(plan: Plan) -> Plan:
     if others:
         warnings.append(
             f"PEFT, diffusers and kohya train LoRA of {len(others)} convolutions ({_first(others)}) without "
-            "their dilation or padding mode: the result is what merging in PEFT gives, not what was trained"
+            "their dilation or padding mode (padding by a layer of its own is none): the result is what "
+            "merging in PEFT gives, not what was trained"
         )
     if tables:
         warnings.append(

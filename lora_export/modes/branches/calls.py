@@ -181,7 +181,9 @@ def _as_module(site: Site) -> Target | Refusal:
     kind = site.parts[0].uses[0].slot.kind
     pointwise = all(size == 1 for size in target.shape[2:])
     if target.kind != "any" or kind not in _KINDS or len(target.shape) < 2 or not pointwise:
-        return _refused(f"the adapter changes a {target.kind} that no branch goes beside; merge it instead")
+        whole = "convolution" if kind == "conv" else kind
+        what = f"replaces this whole {whole}" if target.kind == "any" else f"changes a {target.kind}"
+        return _refused(f"the adapter {what}, and no branch goes beside it; merge it instead")
     if (rank := min(target.matrix)) > LARGEST_RANK:
         return _refused(
             f"the adapter replaces this whole matrix {target.shape}, as a change of rank {rank}: more than "

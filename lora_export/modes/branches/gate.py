@@ -55,6 +55,7 @@ class BankGate:
         self._inputs = [value for value in graph.graph.inputs if value.shape]
         # Module → reason why its rows would get another row's adapter, and a hint.
         self._misplaced: dict[str, tuple[str, str]] = {}
+        self._in_front: set[str] = set()
         self._modules: set[str] = set()
         self.batch_input = _batch_input(graph, batch_input)
         assert self.batch_input.shape is not None
@@ -143,6 +144,8 @@ class BankGate:
         self._modules.add(module.name)
         known = shape is not None and self._has_batch_in_front(shape, module)
         self._refuse_misplaced(rows, module, x)
+        if known:
+            self._in_front.add(module.name)
         # If the value has no rows, those of a batch in front are equal, so that none can be another's.
         if rows is None or rows.doubt:
             self._unverified.setdefault(module.name, rows.doubt if rows else self._flow.unknown(x))
@@ -171,8 +174,8 @@ class BankGate:
         """
         if self._misplaced:
             hints = dict.fromkeys(hint for _, hint in self._misplaced.values())
-            if self._modules - set(self._misplaced):
-                # With another input as the batch, those that have this one in front would be misplaced.
+            if (self._modules - set(self._misplaced)) | self._in_front:
+                # With another input as the batch, calls that have this one in front would be misplaced.
                 hints = dict.fromkeys(self._two_batches(hint) for hint in hints)
             raise SiteError(
                 f"{len(self._misplaced)} modules read activations without the batch in front: a bank takes "
@@ -340,7 +343,7 @@ class BankGate:
             return hint
         mine, other = self.batch_input.name, hint.removeprefix(_IF_BATCH).strip()
         return (
-            f"a bank has one batch, and other modules have that of {mine} in front: if the rows of {mine} "
+            f"a bank has one batch, and other calls have that of {mine} in front: if the rows of {mine} "
             f"and {other} belong together, export the graph with one name for both axes, else {_INSTEAD}"
         )
 

@@ -155,8 +155,9 @@ def _is_suspect(use: Use, base: BaseWeights | None) -> bool:
         return False
     if base is None and _is_lookup(name, use):
         return False
-    # A tool that joins nodes to a norm or a product takes an answer that was multiplied or added behind it.
-    if max(_shape(use)) == math.prod(_shape(use)) and operator_named(use.node.op_type):
+    # Tools join an answer that is multiplied or added to the norm or product before it, but for batch norms.
+    own = use.node.op_type == "BatchNormalization" or operator_named(use.node.op_type)
+    if max(_shape(use)) == math.prod(_shape(use)) and own:
         return False
     assert root.const_value is not None
     told = _is_plain(np.asarray(root.const_value.numpy()))

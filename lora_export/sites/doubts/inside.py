@@ -206,9 +206,16 @@ def _trained_otherwise(use: Use) -> bool:
     if any(step != 1 for step in node.attributes.get_ints("dilations", ())):
         return True
     pad = node.inputs[0].producer() if node.inputs[0] is not None else None
-    # A padding layer of the model's own has another name.
-    if pad is None or module_of(node) is None or module_of(pad) != module_of(node):
+    # A padding layer of the model's own has another name; where a tool has lost the names, it may be either.
+    if pad is None or module_of(pad) != module_of(node):
         return False
-    # TorchScript writes circular padding as a Concat of slices.
-    mode = pad.attributes.get_string("mode", "")
-    return pad.op_type == "Concat" or (pad.op_type == "Pad" and mode not in ("", "constant"))
+    if pad.op_type == "Concat":
+        return module_of(node) is not None or _repeats_ends(pad)
+    return pad.op_type == "Pad" and pad.attributes.get_string("mode", "") not in ("", "constant")
+
+
+def _repeats_ends(node: ir.Node) -> bool:
+    """Return whether a Concat puts slices of a value around it, as TorchScript writes circular padding."""
+    makers = [value.producer() for value in node.inputs if value is not None]
+    sliced = [maker.inputs[0] for maker in makers if maker is not None and maker.op_type == "Slice"]
+    return any(one is value for one in sliced for value in node.inputs)
