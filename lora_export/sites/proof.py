@@ -7,7 +7,8 @@ from itertools import zip_longest
 
 from lora_export.plan import Refusal
 from lora_export.sites.doubts import changed, readers
-from lora_export.sites.naming.evidence import FOLDED, WEIGHT_NAME
+from lora_export.sites.doubts.inside import computes_with_weight
+from lora_export.sites.naming.evidence import FOLDED, WEIGHT_NAME, computed_from, weight_path
 from lora_export.sites.target import Miss, Site, Wanted
 from lora_export.sites.values.verify import check_codes, check_content, unconfirmed
 
@@ -52,6 +53,9 @@ def proven(
     for part, doubt in zip(site.parts, doubts, strict=True):
         checked = check_content(target, part, wanted, trusted=not doubt)
         if isinstance(checked, Refusal):
+            names = computed_from(part.root)
+            if any(weight_path(name).endswith(key) for name in names for key in keys):
+                return Miss(target, computes_with_weight(names))
             return Miss(target, Refusal(checked.kind, f"{checked.detail} (found by {site.evidence})"))
         parts.append(checked)
     return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees", proof="values")

@@ -35,7 +35,7 @@ from lora_export.sites.doubts.contained import branch_beside
 from lora_export.sites.doubts.copies import REMEDY, computed_parameters, computed_result, other_calls
 from lora_export.sites.doubts.direct import MERGE, direct_readers
 from lora_export.sites.doubts.fused import fused_answers
-from lora_export.sites.doubts.inside import marked, more_than_product
+from lora_export.sites.doubts.inside import ARITHMETIC, computes_with_weight, marked, more_than_product
 from lora_export.sites.doubts.joined import copies_with_biases, joined_copies
 from lora_export.sites.doubts.packed import other_order
 from lora_export.sites.doubts.unused import is_read, is_read_with_bias, reach_of, unused, unused_sites
@@ -424,6 +424,8 @@ def _unread(target: Target, named: Sequence[Sequence[Use]]) -> Refusal | None:
             f"the adapter has a {target.kind} module; the graph reads the weight with {operators} ({found})",
             _OTHER_KIND,
         )
+    if all(use.node.op_type in ARITHMETIC for use in uses):
+        return computes_with_weight([operators])
     return Refusal(
         "operator", f"its weight is read by {operators}, which no module of its kind is known to become"
     )

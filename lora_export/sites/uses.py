@@ -56,6 +56,11 @@ def _uses_of(node: ir.Node) -> Iterator[Use]:
             yield use
 
 
+def _is_dequantised(value: ir.Value) -> bool:
+    """Return whether a node turns codes into values: ONNX Runtime looks rows up in a table of codes."""
+    return any(node.op_type in DEQUANTIZE for node, index in value.uses() if index == 0)
+
+
 def _vector_slots(node: ir.Node, taken: set[int]) -> Iterator[Slot]:
     for index in range(len(node.inputs)):
         if index in taken:
@@ -102,7 +107,8 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
         refusal, quantised = refusal or f"quantised weight ({dequantised})", True
     quantised = quantised or dtype not in FLOAT_TYPES
     if dtype not in FLOAT_TYPES and not refusal:
-        if slot.kind not in ("linear", "conv") and not (slot.kind == "embedding" and chain):
+        is_looked_up = slot.kind == "embedding" and (chain or _is_dequantised(node.outputs[0]))
+        if slot.kind not in ("linear", "conv") and not is_looked_up:
             return None
         refusal = f"quantised weight ({node.op_type} of {dtype.name})"
         no_branch = f"{node.op_type} of {dtype.name} values: no branch is known for it"

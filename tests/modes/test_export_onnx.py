@@ -88,6 +88,7 @@ def test_a_module_that_torch_cannot_export(tower, tmp_path):
             return self.fc(x) if x.sum() > 0 else x
 
     trained(Branch(), tmp_path / "a", ["fc"])
-    with pytest.raises(GraphError, match=r"torch\.onnx can't export Branch"):
+    # The reason, not how to write to PyTorch's developers.
+    with pytest.raises(GraphError, match=r"torch\.onnx can't export Branch: .*data-dependent"):
         export_onnx(Branch().eval(), tmp_path / "a", (torch.randn(2, 8),), tmp_path / "m.onnx")
     assert not list(tmp_path.glob("m.*"))

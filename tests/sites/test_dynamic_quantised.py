@@ -50,3 +50,19 @@ def test_the_adapter_adds_what_it_adds_in_pytorch(name, exporter, kind, by_chann
         )
         assert isinstance(got, np.ndarray), got
         np.testing.assert_allclose(got - base, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("exporter", ["dynamo-noopt", "torchscript"])
+def test_a_table_of_codes_is_refused_by_name(exporter, tmp_path):
+    """The quantiser looks rows up first and dequantises them then."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Embedding(11, D)).eval(), torch.arange(6).reshape(2, 3)
+    changed.saved(model, x, tmp_path, ("0",))
+    EXPORTERS[exporter](model, x, tmp_path / "raw.onnx")
+    quantize_dynamic(tmp_path / "raw.onnx", tmp_path / "graph.onnx")
+    for options in ({}, {"checkpoint": tmp_path / "base"}):
+        got = changed.outcome(
+            "swap", tmp_path / "graph.onnx", tmp_path / "adapter", x.numpy(), tmp_path / "o.onnx", **options
+        )
+        assert "Gather of " in str(got)
+        assert "has quantised weights (Gather)" in str(got)

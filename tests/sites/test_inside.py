@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -377,3 +378,44 @@ def test_the_warning_needs_no_names(name, tool, tmp_path):
     )
     warned = any("padding mode" in warning for warning in report.plan.warnings)
     assert warned == (name in PADDED)
+
+
+class Standardised(nn.Conv2d):
+    """BiT's convolution, and NFNet's."""
+
+    def forward(self, x):
+        gaps = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, gaps / gaps.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Normalised(nn.Linear):
+    """A head that compares directions."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "dynamo-noopt", "torchscript"])
+@pytest.mark.parametrize("kind", ["standardised", "normalised"])
+def test_a_module_that_computes_its_weight(kind, exporter, tmp_path):
+    """It is the base that the adapter was trained on: no hint may ask for another."""
+    torch.manual_seed(0)
+    made = {
+        "standardised": (Standardised(D, 4, 3), (2, D, 7, 7)),
+        "normalised": (Normalised(D, 4), (2, 3, D)),
+    }
+    module, shape = made[kind]
+    exported(Around(module).eval(), torch.randn(shape), exporter, "none", tmp_path)
+    for mode in MODES:
+        got = outcome(
+            mode,
+            tmp_path / "graph.onnx",
+            tmp_path / "adapter",
+            np.zeros(shape, np.float32),
+            tmp_path / "out.onnx",
+            checkpoint=tmp_path / "base",
+        )
+        assert isinstance(got, SiteError)
+        # A factor for each row is known as that.
+        assert any(why in str(got) for why in ("computes another weight of its own", "multiplies"))
+        assert "a plain layer" in got.hint

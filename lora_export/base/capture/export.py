@@ -106,7 +106,8 @@ def trace_module(
             )
         except Exception as error:  # the exporter raises its own errors and many kinds of torch.export
             raise GraphError(
-                f"torch.onnx can't export {type(module).__name__}: {first_line(error)}",
+                # What the exporter raises itself begins with how to ask PyTorch's developers.
+                f"torch.onnx can't export {type(module).__name__}: {first_line(error.__cause__ or error)}",
                 f"export the model yourself and go on with that .onnx{_what_may_help(module)}",
             ) from error
         assert program is not None

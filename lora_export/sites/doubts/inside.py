@@ -23,6 +23,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from lora_export.graph.onnx_file import shape_of
+from lora_export.plan import Refusal
 from lora_export.sites.doubts.changed import is_computed_by_exporter
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import scope_class, weight_path
@@ -47,6 +48,22 @@ _MOVES = ROUNDED_OR_MOVED | {"Expand", "Flatten", "Reshape", "Slice", "Split", "
 # Those that pad a convolution's input (rule 3).
 _PADS = frozenset({"Concat", "Pad"})
 _FACTORS = frozenset({"Mul", "Div"})
+# Operators with which a module computes another weight from its own (standardised, normalised).
+ARITHMETIC = _FACTORS | {
+    *(
+        "Abs",
+        "Add",
+        "Clip",
+        "Neg",
+        "Pow",
+        "ReduceL2",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceSum",
+        "ReduceSumSquare",
+    ),
+    *("Round", "Sign", "Sub", "Tanh"),
+}
 # Part of the names of transformers' classes with PEFT's ``embed_scale``.
 _SCALED = "ScaledWordEmbedding"
 
@@ -65,6 +82,16 @@ def more_than_product(sites: Sequence[Site], base: BaseWeights | None) -> Mappin
             elif site.target.action == "merge" and (own := _own_work(site, use) or _computed_factor(site)):
                 found[id(site.target)] = own
     return found
+
+
+def computes_with_weight(by: Sequence[str]) -> Refusal:
+    """Return the refusal of a module that multiplies with another weight than its own, which it computes.
+
+    Args:
+        by: What it computes it of, or operators.
+    """
+    detail = f"the module computes another weight of its own before the product (with {', '.join(by[:4])})"
+    return Refusal("ambiguous", f"ambiguous: {detail}", OUTSIDE)
 
 
 def _read_before_bias(site: Site, use: Use, base: BaseWeights | None) -> str:
