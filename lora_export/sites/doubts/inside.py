@@ -88,7 +88,7 @@ def computes_with_weight(by: Sequence[str]) -> Refusal:
     """Return the refusal of a module that multiplies with another weight than its own, which it computes.
 
     Args:
-        by: What it computes it of, or operators.
+        by: Names of the tensors, or the operators, of which it is computed.
     """
     detail = f"the module computes another weight of its own before the product (with {', '.join(by[:4])})"
     return Refusal("ambiguous", f"ambiguous: {detail}", OUTSIDE)
