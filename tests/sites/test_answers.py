@@ -267,6 +267,20 @@ class PositionalConvolution(Base):
         return self.out(torch.tanh(self.conv(self.proj(x).transpose(1, 2)).transpose(1, 2)))
 
 
+class FrozenNorm(Base):
+    """DETR's: a batch norm of buffers, written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(f"bn.{name}".replace(".", "_"), torch.rand(D) + 0.3)
+
+    def forward(self, x):
+        scale = self.bn_weight * (self.bn_running_var + 1e-5).rsqrt()
+        shift = self.bn_bias - self.bn_running_mean * scale
+        return self.out(torch.tanh(self.proj(x)) * scale + shift)
+
+
 class Recurrent(Base):
     """Tools join the biases of inputs and states, gates in another order."""
 
@@ -285,6 +299,7 @@ class Gru(Recurrent):
 
 ANSWERS = (OnTable, OnNorm, OnHeads, OnSines, OnScale, Scored, Reduced, Averaged, FewGates, Chosen)
 OTHERS = (
+    FrozenNorm,
     Patches,
     FewSteps,
     PositionalConvolution,

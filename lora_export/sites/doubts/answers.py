@@ -39,6 +39,7 @@ from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import folded_names, path_in, weight_name, weight_path
 from lora_export.sites.slot import WEIGHTS, Use
 from lora_export.sites.target import BaseWeights, Site
+from lora_export.sites.values.factors import Explainer
 from lora_export.sites.values.moved import FEW, moved_parameters
 from lora_export.sites.values.numbers import are_steps, is_written
 
@@ -94,7 +95,12 @@ def computed_answers(
     if base is not None:
         roots = [*(use.root for use in suspects.values()), *numbers]
         explained = moved_parameters(roots, base, changed) if roots else set()
-        suspects = {key: use for key, use in suspects.items() if key not in explained}
+        norms = Explainer(base, changed)
+        suspects = {
+            key: use
+            for key, use in suspects.items()
+            if key not in explained and not (_is_vector(use) and norms.is_of_norm(_values(use)))
+        }
         numbers = [value for value in numbers if id(value) not in explained]
     for site in sites if suspects or numbers else ():
         nearest = max(suspects.values(), key=partial(_nearness, site), default=None)
@@ -157,10 +163,9 @@ def _is_suspect(use: Use, base: BaseWeights | None) -> bool:
         return False
     # Tools join an answer that is multiplied or added to the norm or product before it, but for batch norms.
     own = use.node.op_type == "BatchNormalization" or operator_named(use.node.op_type)
-    if max(_shape(use)) == math.prod(_shape(use)) and own:
+    if _is_vector(use) and own:
         return False
-    assert root.const_value is not None
-    told = _is_plain(np.asarray(root.const_value.numpy()))
+    told = _is_plain(_values(use))
     release(root)
     return not told
 
@@ -175,6 +180,15 @@ def _is_computed_number(value: ir.Value, base: BaseWeights | None) -> bool:
     if not told or _GIVEN in value.metadata_props or folded_names(value):
         return False
     return not is_written(float(tensor.numpy().reshape(-1)[0]))
+
+
+def _is_vector(use: Use) -> bool:
+    return max(_shape(use)) == math.prod(_shape(use))
+
+
+def _values(use: Use) -> Array:
+    assert use.root.const_value is not None
+    return np.asarray(use.root.const_value.numpy())
 
 
 def _shape(use: Use) -> tuple[int, ...]:
@@ -232,8 +246,7 @@ def _angles(suspects: Mapping[int, Use]) -> set[int]:
     """Return the identities of constants that are cosines and sines of the same angles (rotary positions)."""
     by_shape: dict[tuple[int, ...], list[tuple[int, Array]]] = {}
     for key, use in suspects.items():
-        assert use.root.const_value is not None
-        if (values := np.asarray(use.root.const_value.numpy())).size <= _ANGLES:
+        if (values := _values(use)).size <= _ANGLES:
             by_shape.setdefault(values.shape, []).append((key, values))
     found: set[int] = set()
     for group in by_shape.values():

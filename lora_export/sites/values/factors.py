@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from math import prod
 
 import numpy as np
@@ -34,6 +35,8 @@ _EPSILONS = (1e-5, 1e-3, 1e-6)
 _LENGTHS = (".parametrizations.weight.original0", ".weight_g")
 # Number of explanations of a factor with which a shift is looked for in all tables.
 _TRIED = 4
+# Relative rounding of a norm's factor in float32.
+_ROUNDING = 1e-5
 # Coarser values than float32 don't tell which number they were.
 _EXACT = 1e-4
 # Least number of times that a comparison's limit is the rounding of one value.
@@ -129,6 +132,29 @@ class Explainer:
             if not left:
                 return change.factor
             return None if any(self._is_shift(one, change) for one in left[:_TRIED]) else change.shift
+
+    def is_of_norm(self, values: Array) -> bool:
+        """Return True if a vector is what a frozen batch norm multiplies with or adds (rule 4)."""
+        size = values.size
+        change = Change(
+            factor=np.asarray(values, np.float64).reshape(-1),
+            shift=np.zeros(size),
+            bias=np.zeros(size),
+            lengths=lambda: np.ones(size),
+            size=size,
+            rows=np.arange(size),
+            rounding=_ROUNDING,
+            scale=1.0,
+        )
+        with np.errstate(all="ignore"):
+            for norm in islice(self._norms(change), 1, None):
+                moved = norm.scale * norm.mean
+                limit = _ROUNDING * (np.abs(norm.bias) + np.abs(moved)).max()
+                if np.abs(change.factor - (norm.bias - moved)).max() <= limit:
+                    return True
+                if np.abs(change.factor - norm.scale).max() <= _ROUNDING * np.abs(norm.scale).max():
+                    return True
+        return False
 
     def _factors(self, change: Change) -> Iterator[_Norm]:
         """Yield the norms that explain the factor: none, and batch norms; the likeliest first."""
