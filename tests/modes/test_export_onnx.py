@@ -92,3 +92,20 @@ def test_a_module_that_torch_cannot_export(tower, tmp_path):
     with pytest.raises(GraphError, match=r"torch\.onnx can't export Branch: .*data-dependent"):
         export_onnx(Branch().eval(), tmp_path / "a", (torch.randn(2, 8),), tmp_path / "m.onnx")
     assert not list(tmp_path.glob("m.*"))
+
+
+def test_a_module_that_is_traced_on_another_way(tower, tmp_path):
+    """Masks are left out by transformers only where it sees their values: the trace is compared."""
+
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.fc(x if torch.onnx.is_in_onnx_export() else x.flip(1))
+
+    trained(Other(), tmp_path / "a", ["fc"])
+    with pytest.raises(GraphError, match="answers otherwise than the model"):
+        export_onnx(Other(), tmp_path / "a", {"x": torch.randn(2, 8)}, tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()

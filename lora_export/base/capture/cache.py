@@ -47,6 +47,12 @@ class CachedDecoder:
     output_names: list[str]
 
 
+def switch_cache(model: Any, used: bool) -> None:
+    """Switch a model's cache on or off, also of the language model inside a vision–language model."""
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = used
+
+
 def with_cache(
     model: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any], where: str
 ) -> CachedDecoder:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_export.base.capture.attach import Weights
-from lora_export.base.capture.cache import name_total, with_cache
+from lora_export.base.capture.cache import name_total, switch_cache, with_cache
 from lora_export.base.capture.export import (
     finish,
     first_line,
@@ -177,9 +177,9 @@ def _prepare(model: Any, path: Path, dtype: str, kv_cache: bool) -> tuple[Traced
     _batch_experts(model)
     with torch.device(model.device):
         inputs = example_inputs(model, path)
-        model.config.use_cache = True
+        switch_cache(model, True)
         outputs = run_module(model, inputs)
-        model.config.use_cache = False
+        switch_cache(model, False)
         captured = _describe(model, outputs, dtype, kv_cache)
         if not kv_cache:
             shapes = {name: _dynamic(name) for name in inputs}
@@ -285,7 +285,9 @@ def _batch_experts(model: Any) -> None:
 
 
 def example_inputs(model: Any, path: Path) -> dict[str, Any]:
-    """Return inputs that a model runs with: ids of 1, masks of 1, black images.
+    """Return inputs that a model runs with: ids, masks of 1, black images.
+
+    The ids differ: of equal ones attention gives the same whatever its mask is.
 
     Args:
         model: A transformers model.
@@ -311,13 +313,17 @@ def example_inputs(model: Any, path: Path) -> dict[str, Any]:
             f"{path}: no example inputs are known for a model that reads {model.main_input_name!r}",
             EXPORT_YOURSELF,
         )
-    inputs = {"input_ids": torch.ones(2, 7, dtype=torch.int64)}
+    text = config.get_text_config()
+    ids = torch.arange(3, 3 + 2 * 7) % (getattr(text, "vocab_size", None) or 2)
+    inputs = {"input_ids": ids.reshape(2, 7)}
+    # Models without token types still accept the argument (GPT-2 takes it for word ids). PaliGemma's tell
+    # where attention goes in both directions.
+    types = getattr(config, "type_vocab_size", None) or getattr(text, "use_bidirectional_attention", None)
     for name in ("attention_mask", "token_type_ids"):
-        # Models without token types still accept the argument (GPT-2 takes it for word ids).
-        if name in accepted and (name == "attention_mask" or getattr(config, "type_vocab_size", None)):
+        if name in accepted and (name == "attention_mask" or types):
             inputs[name] = torch.full((2, 7), int(name == "attention_mask"), dtype=torch.int64)
     if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = torch.ones(2, 5, dtype=torch.int64)
+        inputs["decoder_input_ids"] = ids[:10].reshape(2, 5)
     return inputs
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _TRACES = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "pkg.torch.onnx.class_hierarchy")
 _INSTALL = install_line("hf")
+# Largest relative difference of a trace's answers by rounding, and of those in 16 bits.
+_DIFFERENCE, _HALVES_DIFFERENCE = 1e-3, 0.1
 
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
@@ -84,7 +86,7 @@ def trace_module(
         opset: Version of ONNX's operators; the exporter's own choice if left out.
 
     Raises:
-        GraphError: torch.onnx can't export the module.
+        GraphError: torch.onnx can't export the module, or has traced something else than it computes.
     """
     import torch
 
@@ -112,8 +114,41 @@ def trace_module(
             ) from error
         assert program is not None
         model: ir.Model = program.model
+    if program.exported_program is not None:
+        _refuse_other_answers(module, program.exported_program.module(), example_inputs)
     _drop_traces(model)
     return model
+
+
+def _refuse_other_answers(module: torch.nn.Module, traced: torch.nn.Module, inputs: Inputs) -> None:
+    """Refuse a trace that answers otherwise than its module: code may go another way where it is traced.
+
+    transformers leaves a mask of ones out where it sees its values, and with it what only the mask says
+    (attention in both directions). A module on the meta device has no answers.
+    """
+    import torch
+    from torch.utils import _pytree
+
+    if any(value.device.type == "meta" for value in module.parameters()):
+        return
+    answers = []
+    for one in (module, traced):
+        torch.manual_seed(0)
+        found = _pytree.tree_leaves(run_module(one, inputs))
+        answers.append([value for value in found if isinstance(value, torch.Tensor)])
+    for wanted, got in zip(*answers, strict=True):
+        if not wanted.is_floating_point():
+            continue
+        limit = _DIFFERENCE if wanted.dtype in (torch.float32, torch.float64) else _HALVES_DIFFERENCE
+        exact, given = wanted.double().nan_to_num(), got.double().nan_to_num()
+        gap, whole = (float(torch.linalg.vector_norm(one)) for one in (given - exact, exact))
+        if gap > limit * whole:
+            raise GraphError(
+                f"what torch.export traced of {type(module).__name__} answers otherwise than the model on "
+                f"the same inputs (relative difference {gap / max(whole, 1e-30):.2g})",
+                "its code goes another way where it is traced: export the model yourself, with all of the "
+                f"inputs that its processor gives, and go on with that .onnx{_what_may_help(module)}",
+            )
 
 
 def _what_may_help(module: torch.nn.Module) -> str:

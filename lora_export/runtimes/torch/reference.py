@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.adapter import Adapter, Array
+from lora_export.base.capture.cache import switch_cache
 from lora_export.base.capture.capture import example_inputs
 from lora_export.base.capture.export import first_line, quiet, require, tensor_names
 from lora_export.base.capture.loading import load_model
@@ -59,7 +60,7 @@ class TorchReference:
         model, self.made_up = load_model(folder, dtype, replaced)
         if dtype == "float64" and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the default, torch's grouped_mm, takes no float64
-        model.config.use_cache = False  # as in a captured graph
+        switch_cache(model, False)  # as in a captured graph
         self._start(model, adapters, folder, ())
 
     @classmethod
