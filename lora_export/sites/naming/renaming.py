@@ -207,13 +207,13 @@ class _Renamer:
         offers = self._offers(0 if has_doubles else count)
         text = f"say which of the file's models with {offers.text}" if has_doubles else ""
         text = text or f"{offers.text} takes the part that fits"
-        hint = text if offers else ""
+        hint = "; ".join(filter(None, (text if offers else "", offers.in_turn)))
         return Renaming(
             names=tuple(names),
             problems=problems,
             change=change,
             hint=hint,
-            tells_part=bool(offers),
+            tells_part=bool(hint),
             reach=offers.placed,
             doubt=self._doubt(),
         )
@@ -316,6 +316,7 @@ class _Renamer:
             return self._all(NOT_FOUND, "", Offers())
         offers, count = self._offers(), len(self._choice.deciding)
         part = f"if that is the part that belongs, give {offers.text}" if offers else ""
+        part = "; ".join(filter(None, (part, offers.in_turn)))
         if self._choice.is_scope_unknown:
             problem = Problem(
                 "not found", f"neither the adapter nor the base has anything under '{self._choice.given}'"
