@@ -12,7 +12,7 @@ base's ``….weight``): **first the replacement, then the low-rank change on top
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,12 @@ from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.errors import AdapterError
 from lora_export.formats.reading.diffusion_names import follows_diffusers, strip_denoiser
 from lora_export.formats.reading.experts import is_target_module, layout_of, nesting, parameters_of
-from lora_export.formats.reading.lora_config import ALORA, LoraRules, check_switches, pattern_values
+from lora_export.formats.reading.lora_config import (
+    UNMERGEABLE,
+    LoraRules,
+    check_switches,
+    pattern_values,
+)
 from lora_export.formats.reading.pairs import (
     Parts,
     PartsTable,
@@ -112,8 +117,7 @@ def read(source: Source, options: Options) -> Adapter:
     else:
         check_claims(source, modules.values(), table.problems)
     table.problems += value_problems((n, v) for n, v in extras.items() if v.dtype.kind not in "iub")
-    merge = "" if config.get(ALORA) else ", or merge with PEFT's merge_and_unload"
-    raise_problems(source, table.problems, f"fix the listed problems{merge}")
+    raise_problems(source, table.problems, _hint(config, set(table.problems)))
     notes += rules.notes
     if source.peft_config is not None:
         notes += _left_out_by_config(modules, unwrapped)
@@ -132,10 +136,19 @@ def read(source: Source, options: Options) -> Adapter:
     )
 
 
+def _hint(config: Mapping[str, Any], problems: Collection[str]) -> str:
+    """Return a hint for a file's problems: what only PEFT can run can neither be fixed nor merged."""
+    others = [remedy for key, remedy in UNMERGEABLE.items() if config.get(key)]
+    if not others:
+        return "fix the listed problems, or merge with PEFT's merge_and_unload"
+    return "; ".join([*others, *(["fix the other problems"] if len(problems) > len(others) else [])])
+
+
 def _left_out_by_config(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) -> list[str]:
     """Return a note on a file's modules that PEFT would not load: the config or the file was edited."""
     paths = [module.path for module in modules.values() if module.parameter == "weight"]
-    left = [path for path in paths if not is_targeted(config, path)]
+    named = [name for name in config.get("target_parameters") or () if isinstance(name, str)]
+    left = [path for path in paths if not is_targeted(config, path) and not _is_named(path, named)]
     if config.get("ensure_weight_tying"):
         # PEFT gives the tied ends of a targeted embedding its change, whatever the config calls them.
         tables = [one for one in modules.values() if one.kind == "embedding" and one.path not in left]
@@ -151,6 +164,11 @@ def _left_out_by_config(modules: Mapping[str, LoraModule], config: Mapping[str, 
         f"the config's {', '.join(keys)} leave out {len(left)} of the file's {len(paths)} modules ({shown}), "
         "which PEFT would not load; they are read anyway"
     ]
+
+
+def _is_named(path: str, targets: Sequence[str]) -> bool:
+    """Return whether ``target_parameters`` name a module's weight (PEFT's ``_inject_parameters``)."""
+    return any(f".{path}.weight".endswith(f".{target}") for target in targets)
 
 
 def _is_same_change(one: LoraModule, two: LoraModule) -> bool:

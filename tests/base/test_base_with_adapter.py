@@ -13,8 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lora_export import AdapterSession, bank_onnx, capture_onnx, convert_adapter, merge_onnx, swap_onnx
+from lora_export.base.history.in_graph import merged_parts
 from lora_export.cli import _run
 from lora_export.errors import AdapterError, GraphError
+from lora_export.formats.reading.scope import share
 
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 3}
@@ -119,8 +121,10 @@ def test_two_parts_of_one_file_go_into_one_base(make, tmp_path, capsys):
         PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter").merge_and_unload().state_dict()
     )
     before = model.state_dict()
-    assert merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "none") == 1
-    assert "--component language_model or --component vision_tower" in capsys.readouterr().err
+    assert merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "whole") == 0, capsys.readouterr().err
+    found = type(model).from_pretrained(tmp_path / "whole").state_dict()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-5)
     base = tmp_path / "base"
     for number, part in enumerate(("language_model", "vision_tower.vision_model")):
         out = tmp_path / f"out{number}"
@@ -293,3 +297,34 @@ def test_another_adapter_onto_a_merged_graph_is_not_compared_with_the_base_it_na
         said = " ".join(report.plan.notes)
         assert ("values compared with" in said) == compared
         assert ("'a' merged into it" in said) != compared
+
+
+@pytest.mark.parametrize("part", ["None:encoder", ":encoder"])
+def test_earlier_manifests_write_none_before_a_part(part):
+    assert share(part, ":encoder.layers", flattened=False)
+    assert not share(part, ":decoder", flattened=False)
+    assert share("unet", "unet:encoder", flattened=False)
+    assert merged_parts(f"a sha256=1 weight=1.0 part={part}", "1") == [":encoder"]
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_a_single_module_is_a_part(module, tmp_path, capsys):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TEXT, vocab_size=40, num_key_value_heads=2)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    trained = random(model, ["q_proj", "lm_head", "embed_tokens"])
+    trained.save_pretrained(tmp_path / "adapter")
+    expected, before = trained.merge_and_unload().state_dict(), model.state_dict()
+    part = ("--component", module)
+    assert merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", *part) == 0, (
+        capsys.readouterr().err
+    )
+    for name, values in load_file(tmp_path / "out" / "model.safetensors").items():
+        done = name == f"{module}.weight"
+        torch.testing.assert_close(values, (expected if done else before)[name], rtol=1e-5, atol=1e-5)
+    assert (expected[f"{module}.weight"] - before[f"{module}.weight"]).norm() > 0.1
+    assert merge(tmp_path / "out", tmp_path / "adapter", tmp_path / "none", *part) == 1
+    assert (
+        merge(tmp_path / "out", tmp_path / "adapter", tmp_path / "more", "--component", "model.layers") == 0
+    )

@@ -261,3 +261,54 @@ def test_ends_that_peft_ties_are_not_left_out(arch, tying, tmp_path):
     tensors |= {stranger.format("A"): torch.randn(2, 8), stranger.format("B"): torch.randn(8, 2)}
     save_file(tensors, tmp_path / "a/adapter_model.safetensors")
     assert any("leave out 1 of" in note for note in load_adapter(tmp_path / "a").notes)
+
+
+ROUTED = {**TIED, "num_key_value_heads": 2, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("arch", ["Qwen3Moe", "Mixtral"])
+@pytest.mark.parametrize("targets", ["q_proj", "all-linear"])
+def test_weights_that_target_parameters_name_are_not_left_out(arch, targets, tmp_path):
+    """A router's own weight; PEFT loads every tensor of the file."""
+    experts = {"num_local_experts" if arch == "Mixtral" else "num_experts": 4}
+    config = getattr(transformers, f"{arch}Config")(**ROUTED, **experts)
+    model = getattr(transformers, f"{arch}ForCausalLM")(config)
+    chosen = targets if targets == "all-linear" else [targets]
+    lora = peft.LoraConfig(r=2, target_modules=chosen, target_parameters=["mlp.gate.weight"])
+    with tiny.quiet():
+        peft.get_peft_model(model, lora).save_pretrained(tmp_path / "a")
+        loaded = peft.PeftModel.from_pretrained(
+            getattr(transformers, f"{arch}ForCausalLM")(config), tmp_path / "a"
+        )
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    state = peft.get_peft_model_state_dict(loaded)
+    assert any("mlp.gate.lora_A" in name for name in tensors)
+    assert all(torch.equal(state[name], values) for name, values in tensors.items())
+    assert not any("leave out" in note for note in load_adapter(tmp_path / "a").notes)
+    if targets == "all-linear":
+        return  # Without target_parameters its experts could not be read.
+    file = tmp_path / "a" / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({**stored, "target_parameters": None}))
+    assert any("mlp.gate" in note for note in load_adapter(tmp_path / "a").notes if "leave out" in note)
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"alora_invocation_tokens": [1]}, "serve it with PEFT or vLLM"),
+        ({"arrow_config": {"top_k": 3}}, "export the task adapters one by one"),
+        ({"use_qalora": True}, "run it with PEFT on the quantised base"),
+    ],
+)
+def test_a_hint_never_proposes_a_merge_that_peft_refuses(change, hint, tmp_path):
+    shutil.copytree(tiny.adapter("llama"), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    for more, others in (({}, False), ({"r": 0}, True)):
+        file.write_text(json.dumps({**stored, **change, **more}))
+        with pytest.raises(AdapterError) as refused:
+            load_adapter(tmp_path / "a")
+        assert refused.value.hint.startswith(hint)
+        assert "merge" not in refused.value.hint
+        assert ("fix the other problems" in refused.value.hint) == others

@@ -303,3 +303,59 @@ def test_half_of_each_layer_is_no_part_of_a_model(known, tmp_path):
     assert offered == (known == LAYER)
     if not offered:
         assert caught.value.hint.startswith("give --checkpoint BASE_DIR")
+
+
+# --- several parts, each with a prefix of its own ----------------------------------------------------
+
+# (model, the adapter's paths of a part → the base's, for each part that was renamed).
+RENAMED = {
+    "one part, the smaller": (mllama, {"model.vision_model.inner.": "model.vision_model."}),
+    "one part, the larger": (clipseg, {"clip.vision_model.inner.": "clip.vision_model."}),
+    "two parts": (
+        clipseg,
+        {"clip.text_model.inner.": "clip.text_model.", "clip.vision_model.inner.": "clip.vision_model."},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_parts_that_have_sites_only_one_by_one_are_offered_in_turn(name, tmp_path, capsys):
+    torch.manual_seed(0)
+    make, renamed = RENAMED[name]
+    model = make().eval()
+    model.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=linears(model), init_lora_weights=False)
+    peft = get_peft_model(model, config)
+    peft.save_pretrained(tmp_path / "adapter")
+    expected = peft.merge_and_unload().state_dict()
+    file, front = tmp_path / "adapter" / "adapter_model.safetensors", "base_model.model."
+    tensors = load_file(file)
+    for new, old in renamed.items():
+        tensors = {key.replace(front + old, front + new): value for key, value in tensors.items()}
+    save_file(tensors, file)
+
+    def merge(base, out, *more):
+        command = ["merge", "--base", str(base), "--adapter", str(tmp_path / "adapter"), "-o", str(out)]
+        return _run([*command, *more], False)
+
+    base = tmp_path / "base"
+    assert merge(base, tmp_path / "none") == 1
+    parts = re.findall(r"--component ([\w.]+)", capsys.readouterr().err.partition("to merge all of it")[2])
+    assert len(parts) > 1
+    for number, part in enumerate(parts):
+        assert merge(base, tmp_path / f"out{number}", "--component", part) == 0, capsys.readouterr().err
+        base = tmp_path / f"out{number}"
+    found = loaded(make, base)
+    for path, values in expected.items():
+        assert torch.allclose(found[path], values, atol=1e-5), path
+
+
+def test_parts_with_one_site_are_not_offered_in_turn(tmp_path):
+    """Two towers of the same names for one of them."""
+    weights = {f"tower.layers.{n}.fc.weight": random(4, 4, seed=n) for n in range(2)}
+    text = "g (float[n, 4] x) => (float[n, 4] y) { h = Gemm <transB = 1> (x, tower_layers_0_fc_weight) "
+    base = save(graph(f"{text} y = Gemm <transB = 1> (h, tower_layers_1_fc_weight) }}", weights), tmp_path)
+    paths = [f"{tower}.layers.{n}.fc" for tower in ("a_tower", "b_tower") for n in range(2)]
+    with pytest.raises(SiteError) as refused:
+        merge_onnx(base, adapter(*(linear(path, 4, 4) for path in paths)), tmp_path / "out.onnx")
+    assert "one part after the other" not in str(refused.value)

@@ -84,7 +84,7 @@ class History:
         """Return a text on the parts of an adapter's file that are in the base already; "" if none is."""
         before = self.adapters.get(adapter.sha256, {}) if adapter.sha256 else {}
         found = [
-            f"'{name}'" + (f", its part {part.removeprefix(':')}" if part else "")
+            f"'{name}'" + (f", its part {part.removeprefix('None').removeprefix(':')}" if part else "")
             for part, name in before.items()
             if share(part or None, adapter.part, adapter.flattened)
         ]

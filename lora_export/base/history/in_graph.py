@@ -23,7 +23,8 @@ _UNKNOWN_WEIGHT = "?"
 _SEPARATOR = "; "
 _HASH = re.compile(r" sha256=(\S*) weight=")
 # An adapter's factor, and the text that may follow it.
-_PART = re.compile(r"[^;\s]+ part=([^;\s]+)")
+# Earlier versions wrote "None" where there is no component.
+_PART = re.compile(r"[^;\s]+ part=(?:None(?=:))?([^;\s]+)")
 
 
 def entries_of(adapters: Sequence[Adapter], factors: Sequence[float]) -> str:

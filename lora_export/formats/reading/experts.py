@@ -76,6 +76,8 @@ def parameters_of(path: str, targets: Sequence[str], levels: int) -> list[str]:
             bare.append(parameter)
         elif path == module or path.endswith(f".{module}"):
             named.append(parameter)
+    # Two may mean one parameter: ``mlp.gate.weight``, and ``gate.weight``, which PEFT adds for all-linear.
+    named = list(dict.fromkeys(named))
     found = list(dict.fromkeys([*named, *bare]))
     return named if len(found) != levels and len(named) == levels else found
 

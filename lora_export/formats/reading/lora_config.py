@@ -67,10 +67,16 @@ _READ = frozenset(
 PEFT_ONLY = frozenset({"target_parameters", "trainable_token_indices", "use_bdlora"})
 # The adapter acts only on some tokens, which a merged weight can't do.
 ALORA = "alora_invocation_tokens"
+# Keys of adapters that are no sum of weights, so that PEFT can't merge them either → the way to use them.
+UNMERGEABLE = {
+    ALORA: "serve it with PEFT or vLLM, or train the adapter again without it",
+    "arrow_config": "export the task adapters one by one",
+    "use_qalora": "run it with PEFT on the quantised base that it was trained on, or train it again without "
+    "use_qalora",
+}
 _REFUSED = {
-    ALORA: "aLoRA acts only after its invocation tokens, which a merged or exported "
-    "weight can't do; serve it with PEFT or vLLM",
-    "arrow_config": "Arrow routes between adapters for each token; export the task adapters one by one",
+    ALORA: "aLoRA acts only after its invocation tokens, which a merged or exported weight can't do",
+    "arrow_config": "Arrow routes between adapters for each token",
     "enable_lora": "a MergedLinear of PEFT 0.2; load it with that version and save it per projection",
     "kasa_config": "KaSA truncates the base weights themselves; merge it with PEFT's merge_and_unload",
     "layer_replication": "the adapter belongs to a model with replicated layers; save that model as a "

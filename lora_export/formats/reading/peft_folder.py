@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
+from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.errors import AdapterError
 from lora_export.formats.reading.experts import REGISTERED, layout_of
 from lora_export.formats.reading.source import CONFIG_NAME, WEIGHT_NAMES
 from lora_export.formats.reading.tensors import write_safetensors
+from lora_export.formats.reading.token_rows import KEY as ROWS
+from lora_export.formats.reading.token_rows import TENSOR as ROWS_TENSOR
+from lora_export.formats.reading.token_rows import stated_rows
 from lora_export.formats.reading.weights_files import files_of
 from lora_export.formats.reading.whole_copies import reach_of
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_replacing
@@ -27,7 +30,12 @@ from lora_export.storage.outputs import OutputSet, output_errors, refuse_replaci
 _PREFIX = "base_model.model."
 # One version for each layout of stacked experts' factors.
 _VERSIONS = ("0.18.1", "0.19.0", "0.19.1", "0.19.1.dev0")
+_TIES = "ensure_weight_tying"
 _SETTLED = "settled for one base"
+# Names that PEFT itself adds to ``modules_to_save`` for a task, and matches with the ends of paths
+# (``peft_model.py``, 0.21): no module inside of one may be named as well.
+_CLASSIFIERS = ("classifier", "score")
+_HEADS = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
 
 
 def write_folder(adapter: Adapter, folder: Path, force: bool) -> Path:
@@ -64,7 +72,6 @@ def _problems(adapter: Adapter) -> list[str]:
         for module in modules
         if module.kind == "embedding" and module.lora_bias is not None
     ]
-    problems += [f"{path}: {problem}; {MERGE_ROWS}" for path, problem in token_rows_problems(adapter)]
     components = sorted({module.component for module in modules if module.component})
     if len(components) > 1:
         problems.append(
@@ -119,8 +126,8 @@ def _config(adapter: Adapter) -> dict[str, Any]:
     targeted = {module.path for module in modules}
     # A copy that PEFT loads over the base's own weight is not a module to save.
     own = [name for name in adapter.extras if name not in biases and reach_of(adapter, name) != "all"]
-    saved = {name.rpartition(".")[0] for name in own} - targeted
-    return {
+    saved = {_head_of(name.rpartition(".")[0], adapter) for name in own} - targeted
+    config = {
         "peft_type": "LORA",
         "peft_version": _stated_version(adapter),
         "task_type": adapter.config.get("task_type"),
@@ -144,6 +151,17 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "init_lora_weights": True,
     }
+    if adapter.token_rows:
+        config |= {ROWS: stated_rows(adapter), _TIES: bool(adapter.config.get(_TIES))}
+    return config
+
+
+def _head_of(path: str, adapter: Adapter) -> str:
+    """Return the module that PEFT saves whole for the adapter's task, if one is or contains this one."""
+    ends = _HEADS.get(str(adapter.config.get("task_type")), ())
+    parts = path.split(".")
+    above = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return next((one for one in above if ends and one.endswith(ends)), path)
 
 
 def _stated_version(adapter: Adapter) -> str | None:
@@ -202,6 +220,8 @@ def _tensors(adapter: Adapter) -> dict[str, Array]:
             # PEFT keeps a convolution's magnitude in the shape in which it multiplies the weight's outputs.
             shape = (1, -1, *(1,) * (module.lora_a.ndim - 2)) if module.kind == "conv" else (-1,)
             tensors[f"{path}.lora_magnitude_vector"] = module.magnitude.reshape(shape)
+    for name, rows in adapter.token_rows.items():
+        tensors[f"{_PREFIX}{name.rpartition('.')[0]}.{ROWS_TENSOR}"] = rows.values
     targeted = {module.path for module in adapter.modules.values()}
     for name, values in adapter.extras.items():
         parent, _, leaf = name.rpartition(".")

@@ -74,13 +74,15 @@ def within(adapter: Adapter, scope: str) -> Adapter:
         scope: Path of a submodel, ``model.encoder``.
     """
     below = f"{scope}_".replace(".", "_") if adapter.flattened else f"{scope}."
-    modules = [key for key, module in adapter.modules.items() if module.path.startswith(below)]
+    modules = [
+        key for key, module in adapter.modules.items() if f"{module.path}{below[-1]}".startswith(below)
+    ]
     others = [path for path in (*adapter.extras, *adapter.token_rows) if path.startswith(below)]
     if not modules and not others:
         return replace(adapter, scope=scope)
     kept = _only(adapter, modules, others, f"not below {scope!r}")
     components = {module.component for module in adapter.modules.values()}
-    front = adapter.part if adapter.part in components else ""
+    front = adapter.part if adapter.part and adapter.part in components else ""
     return replace(kept, scope=scope, part=f"{front}:{below[:-1]}")
 
 
@@ -94,7 +96,10 @@ def share(one: str | None, other: str | None, flattened: bool) -> bool:
     """
     if one is None or other is None:
         return True
-    (name, _, path), (second, _, below) = one.partition(":"), other.partition(":")
+    # Earlier manifests have a "None" where there is no component.
+    (name, path), (second, below) = (
+        ("" if name == "None" else name, path) for name, _, path in (one.partition(":"), other.partition(":"))
+    )
     if not (path and below):
         return name == second
     return name == second and (_is_within(path, below, flattened) or _is_within(below, path, flattened))

@@ -10,11 +10,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lora_export.adapter import Array, TokenRows
+from lora_export.adapter import Adapter, Array, TokenRows
 from lora_export.formats.reading.tensors import value_problems
 
 KEY = "trainable_token_indices"
-_ROWS = re.compile(r"^(?P<path>.+)\.token_adapter\.trainable_tokens_delta(\.default)?$")
+TENSOR = "token_adapter.trainable_tokens_delta"
+_ROWS = re.compile(rf"^(?P<path>.+)\.{re.escape(TENSOR)}(\.default)?$")
 
 
 def is_rows(path: str) -> bool:
@@ -48,6 +49,16 @@ def read_rows(
             problems += value_problems([(name, values)])
             found[f"{match['path']}.weight"] = TokenRows(indices, values, name)
     return found
+
+
+def stated_rows(adapter: Adapter) -> Any:
+    """Return a value of `KEY` with the indices of an adapter's rows: its own, if it states all of them."""
+    rows = {name.rpartition(".")[0]: one.indices for name, one in adapter.token_rows.items()}
+    given = adapter.config.get(KEY)
+    is_whole = not isinstance(given, Mapping) or len(given) == len(rows)
+    if is_whole and all(_indices(given, path) == indices for path, indices in rows.items()):
+        return given
+    return {path: list(indices) for path, indices in rows.items()}
 
 
 def _indices(given: Any, path: str) -> tuple[int, ...] | None:

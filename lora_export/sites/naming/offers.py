@@ -7,10 +7,10 @@ serves; or both, if the adapter was made for such a model (``text_encoder:clip.t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 
 from lora_export.sites.naming.known_names import KnownNames, has_index
 from lora_export.sites.naming.likeness import matrix_of
@@ -22,13 +22,15 @@ _BLOCK = re.compile(r"(.*[._]\d+)[._](?!weight$|bias$)")
 # Number of parts that are tried, each at the cost of renaming the adapter, and number of finds that end this.
 _TRIED = 256
 _ENOUGH = 24
+# Largest number of parts that are offered to be merged in turn.
+_TURNS = 8
 
 
 # Function of the adapter's parameters below a part, and the part or None → the base's path or None for each.
 Try = Callable[[Sequence[Named], str | None], Sequence[str | None]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Offers:
     """Parts of an adapter that would get sites.
 
@@ -37,12 +39,15 @@ class Offers:
         placed: Number of the adapter's low-rank changes that get sites with the first option.
         is_whole: True if all of a part would get sites; else the rest needs ``--allow-unmatched``.
         others: Parts of another kind than the base that would get sites too → the kind.
+        together: Parts that have all of the adapter's low-rank changes, each with sites of its own; empty if
+            no parts do.
     """
 
     options: tuple[str, ...] = ()
     placed: int = 0
     is_whole: bool = True
     others: tuple[tuple[str, str], ...] = ()
+    together: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.options)
@@ -53,6 +58,27 @@ class Offers:
         listed = " or ".join(f"--component {option}" for option in self.options[:_SHOWN])
         listed += " or others" if len(self.options) > _SHOWN else ""
         return listed if self.is_whole else f"{listed} together with --allow-unmatched"
+
+    @property
+    def in_turn(self) -> str:
+        """Way to merge all parts, as a user types it; empty if there is none."""
+        if not self.together:
+            return ""
+        listed = ", then ".join(f"--component {part}" for part in self.together)
+        return f"to merge all of it, give one part after the other, each with what the last wrote: {listed}"
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Sites of a part's low-rank changes.
+
+    Attributes:
+        sites: The adapter's path → the base's path, for those that have one; empty if a shape disagrees.
+        is_whole: True if all have one.
+    """
+
+    sites: Mapping[str, str]
+    is_whole: bool
 
 
 def offers_of(
@@ -77,7 +103,7 @@ def offers_of(
         place: Function that returns the base's paths for the adapter's parameters below a part.
     """
     components = sorted({one.component for one in wanted if one.component})
-    found: dict[str, tuple[int, bool]] = {}
+    found: dict[str, _Outcome] = {}
     kinds: dict[str, str] = {}
     if len(components) > 1:
         for component in components:
@@ -91,10 +117,10 @@ def offers_of(
                 continue
             below = [one for one in wanted if _is_below(one.key, part, flattened)]
             names = place(below or wanted, part)
-            placed, is_whole = _outcome(below or wanted, known, names)
+            outcome = _outcome(below or wanted, known, names)
             fitting = {one.key for one, name in zip(below or wanted, names, strict=True) if name is not None}
-            if (below or is_whole) and not _tears(wanted, fitting):
-                found[front + part] = placed, is_whole
+            if (below or outcome.is_whole) and not _tears(wanted, fitting):
+                found[front + part] = outcome
                 kinds[front + part] = known.other_kind(part)
             if len(found) == _ENOUGH:
                 break
@@ -102,8 +128,33 @@ def offers_of(
     own = {part: outcome for part, outcome in found.items() if not kinds[part]}
     others = _best({part: found[part] for part in found.keys() - own}, least, total, mark)
     return replace(
-        _best(own, least, total, mark), others=tuple((part, kinds[part]) for part in others.options)
+        _best(own, least, total, mark),
+        others=tuple((part, kinds[part]) for part in others.options),
+        together=() if components or flattened or given else _together(wanted, known, own, place),
     )
+
+
+def _together(
+    wanted: Sequence[Named], known: KnownNames, found: Mapping[str, _Outcome], place: Try
+) -> tuple[str, ...]:
+    """Return parts that have all of an adapter's low-rank changes, none of which has a site of another's."""
+    keys = [wanted[number].key for number in _low_rank(wanted)]
+    done: set[str] = set()
+    sites: set[str] = set()
+    chosen: list[str] = []
+    largest = sorted(found, key=lambda part: (-len(found[part].sites), len(part)))
+    modules = (key.rpartition(".")[0] for key in keys if key not in done and not has_index(key))
+    for part in chain(largest, modules):
+        below = [one for one in wanted if _is_below(one.key, part, flattened=False)]
+        outcome = found[part] if part in found else _outcome(below, known, place(below, part))
+        is_apart = done.isdisjoint(outcome.sites) and sites.isdisjoint(outcome.sites.values())
+        if outcome.sites and outcome.is_whole and is_apart:
+            chosen.append(part)
+            done.update(outcome.sites)
+            sites.update(outcome.sites.values())
+        if len(chosen) > _TURNS:
+            break
+    return tuple(chosen) if 1 < len(chosen) <= _TURNS and done.issuperset(keys) else ()
 
 
 def _candidates(wanted: Sequence[Named], changes: Iterable[Prefix], flattened: bool) -> Iterator[str]:
@@ -149,18 +200,18 @@ def _block(key: str) -> str:
     return match[1] if match else ""
 
 
-def _outcome(wanted: Sequence[Named], known: KnownNames, names: Sequence[str | None]) -> tuple[int, bool]:
-    """Return the number of low-rank changes with sites, and True if all have one; 0 if a shape disagrees."""
-    low_rank, placed = _low_rank(wanted), 0
+def _outcome(wanted: Sequence[Named], known: KnownNames, names: Sequence[str | None]) -> _Outcome:
+    """Return the sites of the low-rank changes, if all shapes agree."""
+    low_rank, sites = _low_rank(wanted), {}
     for number in low_rank:
         name = names[number]
         if name is None:
             continue
         mine, theirs = wanted[number].shape, known.shape(name)
         if mine is not None and theirs is not None and matrix_of(mine) != matrix_of(theirs):
-            return 0, False
-        placed += 1
-    return placed, placed == len(low_rank)
+            return _Outcome({}, is_whole=False)
+        sites[wanted[number].key] = name
+    return _Outcome(sites, len(sites) == len(low_rank))
 
 
 def _low_rank(wanted: Sequence[Named]) -> list[int]:
@@ -168,8 +219,9 @@ def _low_rank(wanted: Sequence[Named]) -> list[int]:
     return [n for n, one in enumerate(wanted) if one.action == "merge"] or list(range(len(wanted)))
 
 
-def _best(found: dict[str, tuple[int, bool]], least: int, total: int, mark: str) -> Offers:
-    found = {part: (n, whole) for part, (n, whole) in found.items() if n > least or (whole and n == least)}
+def _best(outcomes: Mapping[str, _Outcome], least: int, total: int, mark: str) -> Offers:
+    all_ = {part: (len(outcome.sites), outcome.is_whole) for part, outcome in outcomes.items()}
+    found = {part: (n, whole) for part, (n, whole) in all_.items() if n > least or (whole and n == least)}
     is_whole = any(whole for _, whole in found.values())
     kept = {part: placed for part, (placed, whole) in found.items() if placed and whole == is_whole}
     # Of parts with the same effect, the shortest is kept.
@@ -180,4 +232,8 @@ def _best(found: dict[str, tuple[int, bool]], least: int, total: int, mark: str)
     ]
     # An option for all of the adapter says more than one for a part of it.
     options = [part for part in short if kept[part] == total] or short
-    return Offers(tuple(sorted(options)), max(map(kept.__getitem__, options), default=0), is_whole)
+    return Offers(
+        options=tuple(sorted(options)),
+        placed=max(map(kept.__getitem__, options), default=0),
+        is_whole=is_whole,
+    )

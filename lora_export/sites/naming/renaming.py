@@ -17,6 +17,8 @@ compared with the paths that the base has. Rules:
    whatever its name, and the user may allow what is missing under it. It never becomes the language model of
    a base that has other parts, unless the scope is one.
 8. Flattened paths (kohya's underscores) get their dots from the base's paths, at path components only.
+9. If the adapter and the base are of different versions of transformers, both are compared under names that
+   no version changes (`versions`), and rules 1 to 6 hold for these.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lora_export.sites.naming.choice import NO_CHANGE, Choice
@@ -32,6 +34,7 @@ from lora_export.sites.naming.fits import Below, Fits
 from lora_export.sites.naming.known_names import KnownNames
 from lora_export.sites.naming.names import Named, Prefix, flatten
 from lora_export.sites.naming.offers import Offers, offers_of
+from lora_export.sites.naming.versions import OneVersion, in_one_version
 
 _SHOWN = 4
 
@@ -53,6 +56,7 @@ class Problem:
 
 
 NOT_FOUND = Problem("not found")
+_CONVERTED = "names of another version of transformers converted"
 _TOO_MANY = Problem("ambiguous", "the ends of its names are the ends of too many of the base's")
 
 
@@ -68,6 +72,7 @@ class Renaming:
         tells_part: True if the hint names a part to choose (``--component``).
         reach: Number of parameters that get sites if the user follows the hint.
         doubt: Evidence against the part that the user named.
+        is_converted: True if names of another version of transformers were converted (rule 9).
     """
 
     names: tuple[str | None, ...]
@@ -77,11 +82,13 @@ class Renaming:
     tells_part: bool = False
     reach: int = 0
     doubt: str = ""
+    is_converted: bool = False
 
     @property
     def note(self) -> str:
         """Change in words, for the plan; empty if nothing was changed."""
-        return f"{change_text(self.change)}{self.doubt}" if self.change != NO_CHANGE else ""
+        change = f"{change_text(self.change)}{self.doubt}" if self.change != NO_CHANGE else ""
+        return " and ".join(filter(None, (_CONVERTED if self.is_converted else "", change)))
 
 
 def change_text(change: Prefix) -> str:
@@ -103,7 +110,27 @@ def rename(
         flattened: True if the adapter's paths have underscores for dots.
         scope: Part that belongs, as the user names it (rule 7).
     """
-    return _Renamer(wanted, known, flattened, scope).run()
+    renamer = _Renamer(wanted, known, flattened, scope)
+    converted = None if flattened or scope else _converted(wanted, known, renamer.count())
+    return converted or renamer.run()
+
+
+def _converted(wanted: Sequence[Named], known: KnownNames, count: int) -> Renaming | None:
+    """Return a renaming that converts names of another version, if it finds more than a number (rule 9)."""
+    if count == len(wanted):
+        return None
+    version, keys = OneVersion(known), in_one_version(named.key for named in wanted)
+    if not version.differs and keys == [named.key for named in wanted]:
+        return None
+    named = [replace(one, key=key) for one, key in zip(wanted, keys, strict=True)]
+    renamer = _Renamer(named, version.known, flattened=False, scope=None)
+    if renamer.count() <= count:
+        return None
+    found = renamer.run(has_hints=False)  # They would have names that are nobody's.
+    if any(problem.kind == "ambiguous" for problem in found.problems.values()):
+        return None
+    names = tuple(None if name is None else version.own(name) for name in found.names)
+    return replace(found, names=names, is_converted=True)
 
 
 def likeliest_change(keys: Sequence[str], known: KnownNames) -> Prefix:
@@ -126,11 +153,15 @@ class _Renamer:
         self._wanted, self._known, self._flattened = wanted, known, flattened
         self._mark = "_" if flattened else "."
         self._choice = Choice(wanted, known, flattened, scope)
-        # A renaming that is tried for a hint needs no hint of its own.
-        self._is_first = True
+        self._has_hints = True
 
-    def run(self) -> Renaming:
-        """Choose the change and apply it."""
+    def run(self, *, has_hints: bool = True) -> Renaming:
+        """Choose the change and apply it.
+
+        Args:
+            has_hints: False if only the names matter.
+        """
+        self._has_hints = has_hints
         if self._choice.may_stay:
             return self._applied(NO_CHANGE)
         if self._choice.changes is None:
@@ -144,6 +175,10 @@ class _Renamer:
         if len(chosen or rivals) > 1:
             return self._ambiguous(chosen or rivals)
         return self._refused()
+
+    def count(self) -> int:
+        """Return the number of parameters that the base has under the names that they get."""
+        return sum(name is not None for name in self._placed(self.run(has_hints=False)))
 
     # --- apply a change
 
@@ -172,13 +207,13 @@ class _Renamer:
         offers = self._offers(0 if has_doubles else count)
         text = f"say which of the file's models with {offers.text}" if has_doubles else ""
         text = text or f"{offers.text} takes the part that fits"
-        hint = text if offers else ""
+        hint = "; ".join(filter(None, (text if offers else "", offers.in_turn)))
         return Renaming(
             names=tuple(names),
             problems=problems,
             change=change,
             hint=hint,
-            tells_part=bool(offers),
+            tells_part=bool(hint),
             reach=offers.placed,
             doubt=self._doubt(),
         )
@@ -209,7 +244,7 @@ class _Renamer:
 
     def _offers(self, least: int = 0) -> Offers:
         """Return the options with which the adapter, or a part of it, gets sites."""
-        if not self._is_first:
+        if not self._has_hints:
             return Offers()
         counts = self._choice.changes or {}
         return offers_of(
@@ -230,8 +265,8 @@ class _Renamer:
             again._choice.belong(scope)
         else:
             again = _Renamer(wanted, self._known, self._flattened, scope)
-        again._is_first = False
-        return again._placed(again.run())
+        # A renaming that is tried for a hint needs no hint of its own.
+        return again._placed(again.run(has_hints=False))
 
     def _placed(self, found: Renaming) -> Sequence[str | None]:
         """Return the names of the parameters that the base has under them."""
@@ -247,7 +282,7 @@ class _Renamer:
     def _ambiguous(self, chosen: Sequence[Prefix]) -> Renaming:
         """Return a renaming with the names that several changes give (rule 5)."""
         names: dict[int, set[str]] = defaultdict(set)
-        for change in chosen if self._is_first else ():
+        for change in chosen if self._has_hints else ():
             for number, fitting in self._choice.under(change).items():
                 names[number].update(fitting)
         strips = Counter(change.strip for change in chosen)
@@ -277,10 +312,11 @@ class _Renamer:
 
     def _refused(self) -> Renaming:
         """Return a renaming with the reason why no change counts, and a hint."""
-        if not self._is_first:
+        if not self._has_hints:
             return self._all(NOT_FOUND, "", Offers())
         offers, count = self._offers(), len(self._choice.deciding)
         part = f"if that is the part that belongs, give {offers.text}" if offers else ""
+        part = "; ".join(filter(None, (part, offers.in_turn)))
         if self._choice.is_scope_unknown:
             problem = Problem(
                 "not found", f"neither the adapter nor the base has anything under '{self._choice.given}'"
