@@ -131,6 +131,17 @@ late = Late()
 atexit.register(os.kill, os.getpid(), int(sys.argv[1]))
 cli.main(["merge"])
 """
+DONE = ENDING.replace(
+    "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n", "    return int(sys.argv[2])\n"
+)
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_after_all_is_done_does_not_change_the_exit_code(number, code):
+    command = [sys.executable, "-c", DONE, str(int(number)), str(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
