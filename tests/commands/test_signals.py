@@ -153,6 +153,22 @@ def test_a_signal_after_the_end_does_not_change_the_exit_code(number):
     assert done.stderr.strip() == "Aborted: nothing was replaced."
 
 
+EXECUTED = """
+import signal
+from lora_export import cli
+def verb(*_, **__):
+    exec("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)")
+cli.root.main = verb
+cli.main(["merge"])
+"""
+
+
+def test_ctrl_c_within_a_text_that_is_executed_has_the_usual_exit_code():
+    """Python remembers such a one, and ends by SIGINT itself, though it was dealt with."""
+    done = subprocess.run([sys.executable, "-c", EXECUTED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (130, "Aborted: nothing was replaced.")
+
+
 # Sends itself a signal when it looks for the module of that number.
 IMPORTING = """
 import signal, sys
