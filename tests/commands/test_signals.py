@@ -163,9 +163,11 @@ cli.main(["merge"])
 """
 
 
-def test_ctrl_c_within_a_text_that_is_executed_has_the_usual_exit_code():
-    """Python remembers such a one, and ends by SIGINT itself, though it was dealt with."""
-    done = subprocess.run([sys.executable, "-c", EXECUTED], capture_output=True, text=True, check=False)
+def test_ctrl_c_within_a_text_that_is_executed_has_the_usual_exit_code(tmp_path):
+    """Python remembers such a one, and with ``-m`` ends by SIGINT itself, though it was dealt with."""
+    (tmp_path / "executed.py").write_text(EXECUTED)
+    command = [sys.executable, "-m", "executed"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr.strip()) == (130, "Aborted: nothing was replaced.")
 
 
