@@ -70,15 +70,18 @@ def main(arguments: list[str] | None = None) -> None:
         code = _guarded(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:  # before the run listens to it, or after its end
         print_lines(["Aborted."], err=True)
-    if code >= 128:
-        # Python gives signals their own effect back before it has ended: one more would change the exit code.
-        atexit.register(_ignore_signals)
+    # Python gives signals their own effect back before it has ended, which takes a second with PyTorch: one
+    # would change the exit code of what is done, and said.
+    atexit.register(_ignore_signals)
     sys.exit(code)
 
 
 def _ignore_signals() -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    # A Ctrl-C that came within `exec` of a text (as dataclasses do) Python sends itself again in the end,
+    # though it was dealt with (``pythonrun.c``, unhandled_keyboard_interrupt).
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _guarded(arguments: list[str]) -> int:

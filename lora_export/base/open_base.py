@@ -37,6 +37,7 @@ from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.hashes import FileHash, hash_file, identity_of
 from lora_export.storage.outputs import refuse_inputs, refuse_replacing
 from lora_export.storage.sums.full import full_hash
+from lora_export.untrusted.places import is_folder
 from lora_export.untrusted.texts import is_utf8
 
 if TYPE_CHECKING:
@@ -166,9 +167,9 @@ def open_base(
         refuse_replacing(list(paths.values()), options.force)
     notes = _notes_on_parts(base, adapters, options.checkpoint)
     # A capture is as large as the base, so it goes beside the output, not to a small /tmp.
-    place = out.parent if base.is_dir() and out.parent.is_dir() else None
+    place = out.parent if is_folder(base) and is_folder(out.parent) else None
     with scratch_folder(place) as scratch:
-        if base.is_dir():
+        if is_folder(base):
             notes += _refuse_folder(base, adapters, options)
             graph = _captured(base, adapters, options, prepare, scratch=scratch)
         else:
@@ -191,7 +192,7 @@ def open_base(
 def _notes_on_parts(base: Path, adapters: Collection[Adapter], checkpoint: CheckpointChoice) -> list[str]:
     """Return notes on adapters with parts for other models; refuse those for other models only."""
     given = [Path(checkpoint)] if checkpoint else []
-    folders = [*given, base if base.is_dir() else base.parent]
+    folders = [*given, base if is_folder(base) else base.parent]
     notes = refuse_other_components(adapters, folders)
     # A graph has none of these parts, which people who assemble the model need to know.
     return notes + lost_modules(list(adapters), folders[0], refuse=False)
@@ -269,7 +270,7 @@ def _opened(
     from lora_export.base.checkpoint.weights import CheckpointWeights, link_weights
 
     files, shared = _base_files(base, graph), data_files if share else set()
-    if base.is_dir() and not checkpoint:
+    if is_folder(base) and not checkpoint:
         opened = Checkpoint.open(base)
         shared = link_weights(graph, opened) if share else set()
         return Base(
@@ -281,7 +282,7 @@ def _opened(
         )
     if checkpoint:
         opened = Checkpoint.open(Path(checkpoint))
-        if share and base.is_dir():
+        if share and is_folder(base):
             shared = link_weights(graph, opened)
         return Base(
             graph=graph,
@@ -347,6 +348,6 @@ def output_paths(out: Path) -> dict[str, Path]:
 
 
 def _base_files(base: Path, graph: GraphFile) -> list[Path]:
-    if base.is_dir():
+    if is_folder(base):
         return sorted([*base.glob("*.safetensors"), *base.glob("config.json")])
     return [base, *sorted(graph.data_files())]

@@ -15,6 +15,7 @@ from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.sentence_modules import module_paths
 from lora_export.errors import CheckpointError
 from lora_export.formats.reading.weights_files import files_of
+from lora_export.untrusted.places import is_file, is_folder
 
 if TYPE_CHECKING:
     from lora_export.graph.onnx_file import GraphFile
@@ -36,8 +37,8 @@ def files_read(base: Path, adapters: Collection[Adapter], checkpoint: Checkpoint
         adapters: Adapters that are merged or exposed.
         checkpoint: Folder with the values to compare with.
     """
-    folder = base if base.is_dir() else base.parent
-    found = folder_files(base) if base.is_dir() else [base, base.with_suffix(_MANIFEST)]
+    folder = base if is_folder(base) else base.parent
+    found = folder_files(base) if is_folder(base) else [base, base.with_suffix(_MANIFEST)]
     found += [place / name for place in (folder, folder.parent) for name in _ABOVE]
     folders = [Path(checkpoint)] if checkpoint else []
     if checkpoint is not False:
@@ -47,20 +48,20 @@ def files_read(base: Path, adapters: Collection[Adapter], checkpoint: Checkpoint
     for adapter in adapters:
         found += files_of(adapter.source)
         source = Path(adapter.source)
-        found += _module_files(source if source.is_dir() else source.parent)
-    return [path for path in dict.fromkeys(found) if path.is_file()]
+        found += _module_files(source if is_folder(source) else source.parent)
+    return [path for path in dict.fromkeys(found) if is_file(path)]
 
 
 def graph_files(graph: GraphFile) -> list[Path]:
     """Return a graph's file, its data files and its manifest."""
     manifest = graph.path.with_suffix(_MANIFEST)
-    return [graph.path, *sorted(graph.data_files()), *([manifest] if manifest.is_file() else [])]
+    return [graph.path, *sorted(graph.data_files()), *([manifest] if is_file(manifest) else [])]
 
 
 def folder_files(folder: Path) -> list[Path]:
     """Return the files that are read of a model's folder: weights, configs, tokenizers, code."""
     try:
-        beside = [path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file()]
+        beside = [path for path in folder.iterdir() if path.suffix in _SUFFIXES and is_file(path)]
     except OSError:  # reported when it is opened
         return []
     own = [path for path in sorted(beside) if not path.name.endswith(_MANIFEST)]
@@ -70,7 +71,7 @@ def folder_files(folder: Path) -> list[Path]:
 def holds_weights(folder: Path) -> bool:
     """Return True if a folder exists and has weights: a name on the hub looks like a path."""
     try:
-        return folder.is_dir() and any(folder.glob("*.safetensors"))
+        return is_folder(folder) and any(folder.glob("*.safetensors"))
     except OSError:  # a text that is too long to be a path, or a folder that may not be read
         return False
 
@@ -81,4 +82,4 @@ def _module_files(folder: Path) -> list[Path]:
         places = module_paths(folder)
     except CheckpointError:  # reported when they are compared
         return []
-    return [path for place in places for path in sorted((folder / place).glob("*")) if path.is_file()]
+    return [path for place in places for path in sorted((folder / place).glob("*")) if is_file(path)]

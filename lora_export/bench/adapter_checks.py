@@ -13,6 +13,7 @@ from lora_export.errors import AdapterError, LoraExportError
 from lora_export.formats import load_adapter
 from lora_export.graph.exposed import ExposedGraph
 from lora_export.runtimes.model_file import BenchModel
+from lora_export.untrusted.places import exists
 from lora_export.untrusted.shown import limited
 
 # Largest number of problems of one adapter that are listed.
@@ -120,7 +121,7 @@ def _no_weights(model: BenchModel) -> WeightOf:
 def _named(given: str) -> str:
     """Return ``NAME=PATH`` for an adapter given without a path; what was given may be the path itself."""
     path = Path(given)
-    return f"{path.stem}={given}" if path.exists() else f"{given}=PATH"
+    return f"{path.stem}={given}" if exists(path) else f"{given}=PATH"
 
 
 def _converted(adapter: AdapterChoice, error: LoraExportError, models: Sequence[BenchModel]) -> str:

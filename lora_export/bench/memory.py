@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_export.untrusted.places import is_file
+
 _STATUS = Path("/proc/self/status")
 _TIMEOUT_S = 20
 _MIB = 1 << 20
@@ -32,7 +34,7 @@ class HostMemory:
 
 def host_memory() -> HostMemory:
     """Return this process's memory; systems other than Linux tell the peak alone."""
-    if not _STATUS.is_file():
+    if not is_file(_STATUS):
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024

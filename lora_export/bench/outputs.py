@@ -10,6 +10,7 @@ from lora_export.engines.record import is_engine, record_path
 from lora_export.formats.reading.weights_files import files_of
 from lora_export.runtimes.model_file import BenchModel
 from lora_export.storage.outputs import places_of, replaced_inputs
+from lora_export.untrusted.places import is_file
 
 # The file that PEFT reads beside a file of weights.
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -68,7 +69,7 @@ def _of_adapters(places: set[Path], adapters: Sequence[AdapterChoice]) -> Iterat
         if adapter.path is None or adapter.path == Path():
             continue
         own = places_of(adapter.path)
-        config = {place.with_name(_ADAPTER_CONFIG) for place in own} if adapter.path.is_file() else set()
+        config = {place.with_name(_ADAPTER_CONFIG) for place in own} if is_file(adapter.path) else set()
         if any(place in own | config or not own.isdisjoint(place.parents) for place in places):
             yield f"it is, or lies in, the adapter {adapter.path}"
 

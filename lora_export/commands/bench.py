@@ -14,6 +14,7 @@ from lora_export.commands.options import report_option, whole_numbers, whole_num
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
 from lora_export.commands.whole import Whole
+from lora_export.untrusted.places import exists, is_folder
 
 if TYPE_CHECKING:
     from lora_export.bench.plan import Wish
@@ -170,8 +171,8 @@ def _file_problems(files: Sequence[ReportFile], force: bool) -> list[str]:
     problems = []
     for file in files:
         # A missing folder is created when the file is written, after the timing.
-        above = next(parent for parent in file.path.absolute().parents if parent.exists())
-        if not above.is_dir():
+        above = next(parent for parent in file.path.absolute().parents if exists(parent))
+        if not is_folder(above):
             problems.append(f"{file}: {above} is a file, not a folder (choose another name)")
         elif not os.access(above, os.W_OK | os.X_OK):
             problems.append(f"{file}: nothing can be written into {above} (choose another folder)")

@@ -14,6 +14,7 @@ from lora_export.commands.printing import print_json, print_lines, print_warning
 from lora_export.commands.verb import Verb
 from lora_export.formats import WRITERS
 from lora_export.storage.inputs import same_inputs
+from lora_export.untrusted.places import exists
 from lora_export.untrusted.shown import limited
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _print(report: ConvertReport, seconds: float) -> None:
     size = size_text(report.size_bytes)
     if report.dry_run:
         lines = [*report.plan.lines(), f"dry run: {size} would be written"]
-        if report.output.exists():
+        if exists(report.output):
             lines.append(f"note: {report.output} exists already: give --force to replace it")
         print_lines(lines)
         return

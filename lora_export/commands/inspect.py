@@ -15,6 +15,7 @@ from lora_export.commands.verb import Verb
 from lora_export.progress import is_terminal, spoken
 from lora_export.reports import PICTURES
 from lora_export.storage.inputs import same_inputs
+from lora_export.untrusted.places import is_folder
 
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter
@@ -123,5 +124,5 @@ def _files_read(adapter: Adapter, base: Path | None) -> list[Path]:
 
     if base is None:
         return files_of(adapter.source)
-    data = [] if base.is_dir() else graph_files(load_graph(base))
+    data = [] if is_folder(base) else graph_files(load_graph(base))
     return [*data, *files_read(base, [adapter])]

@@ -19,6 +19,7 @@ from lora_export.commands.options import (
 from lora_export.commands.printing import print_lines
 from lora_export.commands.verb import Verb
 from lora_export.storage.inputs import same_inputs
+from lora_export.untrusted.places import is_folder
 
 _PATH = click.Path(path_type=Path)
 
@@ -59,7 +60,7 @@ def merge_onnx(
     finer = "a float32 or float16 base keeps more of it; so does serving the adapter unmerged"
     print_merge(report, time.monotonic() - started, as_json=as_json, quiet=quiet, finer=finer)
     compared = any(row.proof == "values" for row in report.plan.placed)
-    if options["checkpoint"] is None and not (compared or base.is_dir() or as_json or quiet):
+    if options["checkpoint"] is None and not (compared or is_folder(base) or as_json or quiet):
         print_lines(
             ["note: weights were found by name alone; --checkpoint BASE_DIR would also compare their values"],
             err=True,

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from lora_export.commands.printing import print_lines
+from lora_export.untrusted.places import is_file, is_folder
 
 Words = list[str | Path]
 # Options that say how an adapter's file is read: the next verb has to read it in the same way.
@@ -64,7 +65,7 @@ def _folder(given: Mapping[str, Any]) -> Path | None:
     """Return the checkpoint that PyTorch can run as the reference."""
     if given.get("checkpoint") is not None:
         return Path(given["checkpoint"])
-    return Path(given["base"]) if given["base"].is_dir() else None
+    return Path(given["base"]) if is_folder(given["base"]) else None
 
 
 def _compare(given: Mapping[str, Any]) -> Words:
@@ -98,7 +99,7 @@ def _after_parity(given: Mapping[str, Any]) -> Words:
 
 def _after_inspect(given: Mapping[str, Any]) -> Words:
     adapter: Path = given["adapter"]
-    if not ((adapter / "adapter_config.json").is_file() or adapter.suffix in _ADAPTERS):
+    if not (is_file(adapter / "adapter_config.json") or adapter.suffix in _ADAPTERS):
         return []
     base = given["base"] or "my-model"
     words: Words = ["merge-onnx", "--base", base, "--adapter", adapter, *_reading(given)]

@@ -15,6 +15,7 @@ from lora_export.errors import AdapterError
 from lora_export.formats import FORMATS, load_adapter
 from lora_export.graph.captured import DTYPES
 from lora_export.reports import REPORTS
+from lora_export.untrusted.places import exists
 
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter
@@ -318,7 +319,7 @@ def named_adapters(entries: Sequence[str], options: dict[str, Any]) -> dict[str,
     """Load each ``[NAME=]PATH`` with the options of `adapter_options`, which are removed from ``options``."""
     # A path may have a "=" in it.
     named = [
-        (name, path) if path and not Path(entry).exists() else ("", entry)
+        (name, path) if path and not exists(Path(entry)) else ("", entry)
         for entry, (name, path) in zip(entries, map(split_named, entries), strict=True)
     ]
     loaded = load_adapters([Path(path) for _, path in named], options)

@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 
 from lora_export.errors import RecipeError
+from lora_export.untrusted.places import exists, is_folder, is_link
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
@@ -18,7 +19,7 @@ def find_recipe(given: Path) -> Path:
         RecipeError: There is neither.
     """
     # What is there under this name is the user's, a folder as well, which the reader refuses.
-    if given.exists() or given.is_symlink() or given.suffix or len(given.parts) != 1:
+    if exists(given) or is_link(given) or given.suffix or len(given.parts) != 1:
         return given
     own = own_recipes()
     if given.name in own:
@@ -33,5 +34,5 @@ def find_recipe(given: Path) -> Path:
 
 def own_recipes() -> dict[str, Path]:
     """Return name → file."""
-    folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
+    folder = next((folder for folder in _FOLDERS if is_folder(folder)), None)
     return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}

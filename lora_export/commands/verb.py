@@ -10,6 +10,7 @@ import click
 
 from lora_export.commands.named_path import split_named
 from lora_export.commands.next_step import print_next
+from lora_export.untrusted.places import is_folder
 
 # Which verb comes after which, as long as a terminal is wide.
 WAY = """\
@@ -101,7 +102,7 @@ def _folders_of(values: Iterable[object]) -> dict[Path, Path]:
     folders: dict[Path, Path] = {}
     for path in (path for value in values for path in _paths_in(value)):
         with contextlib.suppress(OSError, ValueError):  # no path, or none that can be looked at
-            folders |= {folder.resolve(): folder for folder in (path, path.parent) if folder.is_dir()}
+            folders |= {folder.resolve(): folder for folder in (path, path.parent) if is_folder(folder)}
     return folders
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from lora_export.errors import BackendUnavailable, PackageError, ParityError, install_line
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import FieldError, from_plain
+from lora_export.untrusted.places import is_file
 
 # Lies beside the base's model.onnx; swap-onnx copies it with the tokenizer's files.
 EXPECTED = "greedy.json"
@@ -81,7 +82,7 @@ class Expected:
             PackageError: The file is missing or damaged.
         """
         path = folder / EXPECTED
-        if not path.is_file():
+        if not is_file(path):
             raise PackageError(
                 f"{folder} has no {EXPECTED} to compare with",
                 "give a folder that swap-onnx wrote from a base of 'lora-export demo --model smollm2'",
@@ -145,7 +146,7 @@ def serve(folder: Path) -> Served:
     """
     expected = Expected.load(folder)
     names = [row.adapter for row in expected.generated if row.adapter is not None]
-    missing = [name for name in names if not (folder / f"{name}{ADAPTER_SUFFIX}").is_file()]
+    missing = [name for name in names if not is_file(folder / f"{name}{ADAPTER_SUFFIX}")]
     if missing:
         raise PackageError(
             f"{folder} lacks adapters that {EXPECTED} names",

@@ -22,6 +22,7 @@ from lora_export.progress import Say
 from lora_export.storage.hashes import hash_folder
 from lora_export.storage.outputs import OutputSet, make_parent, output_errors
 from lora_export.storage.sums.seal import sealed_json
+from lora_export.untrusted.places import exists, is_file, is_folder
 
 REPORT = "demo.json"
 _NEEDED_BYTES = 400_000_000
@@ -83,13 +84,13 @@ def check_output(output: Path, force: bool, needed_bytes: int = 0) -> bool:
     Raises:
         OutputError: The output exists without ``force``, no demo wrote it, or the disk is too full.
     """
-    empty = output.is_dir() and not any(output.iterdir())
-    if output.exists() and not empty and not (output / REPORT).is_file():
+    empty = is_folder(output) and not any(output.iterdir())
+    if exists(output) and not empty and not is_file(output / REPORT):
         raise OutputError(
             f"{output} exists and is not the folder of an earlier demo (it has no {REPORT})",
             "choose another --output; --force replaces only what a demo wrote",
         )
-    if output.exists() and not empty and not force:
+    if exists(output) and not empty and not force:
         raise OutputError("the output exists already", "choose another name, or give --force", [str(output)])
     make_parent(output)
     free = shutil.disk_usage(output.parent).free

@@ -31,6 +31,7 @@ from lora_export.storage.outputs import (
     refuse_inputs,
     refuse_replacing,
 )
+from lora_export.untrusted.places import exists
 
 PathLike = str | os.PathLike[str]
 
@@ -268,7 +269,7 @@ def _build_one(work: _Work, engine: BuiltEngine) -> BuiltEngine:
     started, not_kept = time.monotonic(), ""
     files, key = engine_files(engine.path), _key(work, engine.group)
     # The log beside an existing engine stays that engine's, even if this build fails.
-    failed_log = engine.path.with_suffix(".failed.log") if engine.path.exists() else files["log"]
+    failed_log = engine.path.with_suffix(".failed.log") if exists(engine.path) else files["log"]
     with output_errors(engine.path), OutputSet(work.force, work.plan.reads) as outputs:
         # A log alone, which a failed build leaves, may be replaced.
         forces = {"log": True}
@@ -340,7 +341,7 @@ def _compile(work: _Work, group: Group, staged: Mapping[str, Path], log: Path) -
 
 def _keep_log(staged: Path, log: Path, reads: Sequence[Path]) -> None:
     """Write the builder's messages to their file, the only one that a failed build leaves."""
-    if staged.exists():
+    if exists(staged):
         with output_errors(log), OutputSet(True, reads, listed=False) as outputs:
             shutil.copyfile(staged, outputs.stage(log))
             outputs.commit()

@@ -32,6 +32,7 @@ from lora_export.storage.hashes import sha256_of
 from lora_export.storage.outputs import OutputSet
 from lora_export.untrusted.documents import MAX_BYTES, DocumentError, open_regular, parse_json, read_json
 from lora_export.untrusted.fields import Count, FieldError, from_plain
+from lora_export.untrusted.places import exists, is_folder, is_link
 
 DEFAULT_MAX_BYTES = 20 << 30
 _ENGINE, _LOG, _BUILT, _HASHES = "engine", "log", "built.json", "hashes.json"
@@ -197,7 +198,7 @@ class EngineCache:
         return known if ours else {}
 
     def _remember(self, known: dict[str, Any]) -> None:
-        if (self.folder / _HASHES).exists() and not self._hashes():
+        if exists(self.folder / _HASHES) and not self._hashes():
             return  # somebody else's file of that name
         latest = dict(list(known.items())[-_REMEMBERED:])
         with contextlib.suppress(OSError, OutputError), OutputSet(force=True, listed=False) as outputs:
@@ -235,7 +236,7 @@ def _content(path: Path) -> bytes:
 
 def _is_entry(place: Path) -> bool:
     """Return whether a folder is a complete cache entry (not one being written) without other files."""
-    if not _KEY.fullmatch(place.name) or place.is_symlink() or not place.is_dir():
+    if not _KEY.fullmatch(place.name) or is_link(place) or not is_folder(place):
         return False
     names = {path.name for path in place.iterdir()}
     return _BUILT in names and names <= {_ENGINE, _LOG, _BUILT}

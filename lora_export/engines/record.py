@@ -21,6 +21,7 @@ from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import SEAL, sealed_json
 from lora_export.untrusted.documents import json_of, read_json
 from lora_export.untrusted.fields import AtLeast, Axes, Count, FieldError, from_plain, seen
+from lora_export.untrusted.places import is_file, is_folder
 
 FORMAT = 1
 KIND = "lora_export.engine"
@@ -278,7 +279,7 @@ def is_engine(path: Path) -> bool:
     """Return whether a file has an engine's first bytes or file ending."""
     if path.suffix in (".engine", ".plan"):
         return True
-    if not path.is_file():
+    if not is_file(path):
         return False
     with path.open("rb") as file:
         return file.read(4) in MAGICS
@@ -290,13 +291,13 @@ def read_engine(engine: Path) -> EngineRecord:
     Raises:
         BackendError: The engine or its record is missing or damaged, or they don't belong together.
     """
-    if not engine.is_file():
-        if engine.is_dir():
+    if not is_file(engine):
+        if is_folder(engine):
             raise BackendError(f"{engine} is a folder, not an engine", "give the .engine file")
         raise BackendError(f"no engine at {engine}", "check the path")
     beside = record_path(engine)
     note_inputs([engine, beside])
-    if not beside.is_file():
+    if not is_file(beside):
         raise BackendError(
             f"{engine} has no record beside it ({beside.name})",
             "keep the two files together; lora-export reads engines that lora-export build-engine wrote",

@@ -15,6 +15,7 @@ from typing import Any
 from lora_export.engines.backend import Compiler, TensorRT, gpu_here
 from lora_export.engines.record import BuildOptions
 from lora_export.storage.outputs import OutputSet
+from lora_export.untrusted.places import is_file
 
 
 class TensorRTClassic(Compiler):
@@ -49,7 +50,7 @@ class TensorRTClassic(Compiler):
 
     def read_timings(self, config: Any, path: Path) -> None:
         """Give the builder the timings of earlier builds."""
-        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        cache = config.create_timing_cache(path.read_bytes() if is_file(path) else b"")
         # False: a cache of another GPU is refused, not used.
         config.set_timing_cache(cache, False)
 

@@ -23,10 +23,12 @@ from lora_export.errors import AdapterError
 from lora_export.formats.reading.diffusion_names import follows_diffusers, strip_denoiser
 from lora_export.formats.reading.experts import is_target_module, layout_of, nesting, parameters_of
 from lora_export.formats.reading.lora_config import (
+    BLOCK_LISTS,
     UNMERGEABLE,
     LoraRules,
     check_switches,
     pattern_values,
+    too_many_names,
 )
 from lora_export.formats.reading.pairs import (
     Parts,
@@ -98,6 +100,10 @@ def read(source: Source, options: Options) -> Adapter:
     unwrapped = unwrap_config(config, table.problems)
     rules = LoraRules(unwrapped, options)
     table.problems += rules.problems
+    if too_many := too_many_names(unwrapped):
+        raise_problems(
+            source, [*table.problems, *too_many], "save it again with the names of its modules only"
+        )
     inside = {name: path.removeprefix(PREFIX) for name, path in source.paths.items()}
     rows = {path: (name, source.tensors[name]) for name, path in inside.items() if is_rows(path)}
     extras, extra_tensors = _sort_tensors(source, table)
@@ -394,7 +400,7 @@ def _expand_blocks(parts: Parts, blocks: Mapping[str, Any], room: Room, problems
     if not isinstance(count, int) or count < 1:
         problems.append(f"config use_bdlora: nblocks is {count!r}, wanted a whole number above 0")
         return
-    for part, key in (("lora_a", "target_modules_bd_a"), ("lora_b", "target_modules_bd_b")):
+    for part, key in zip(("lora_a", "lora_b"), BLOCK_LISTS, strict=True):
         if part not in parts.tensors or not any(str(word) in parts.path for word in blocks.get(key) or []):
             continue
         stacked = parts.tensors[part]

@@ -30,7 +30,7 @@ from lora_export.graph.read_model import inlined, read_model
 from lora_export.graph.scale_shapes import scale_problems
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.sums import seal
-from lora_export.untrusted.places import is_file
+from lora_export.untrusted.places import is_file, is_folder
 from lora_export.untrusted.shown import limited
 
 # Limit of named tensors whose data is missing: usually it is all tensors of a file.
@@ -98,12 +98,12 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
             weights that they quantise.
     """
     file = Path(path)
-    if file.is_dir():
+    if is_folder(file):
         raise GraphError(
             f"{file} is a folder, not an ONNX file",
             "give the .onnx in it; for a checkpoint: lora-export capture-onnx FOLDER -o base.onnx",
         )
-    if not file.is_file():
+    if not is_file(file):
         raise GraphError(f"no ONNX file at {file}", "check the path")
     note_inputs([file])
     model = inlined(read_model(file), file, portable=portable)

@@ -16,7 +16,7 @@ from lora_export.storage.hashes import hash_file, identity_of, is_sampled
 from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import find_seal
 from lora_export.untrusted.links import leads_out
-from lora_export.untrusted.places import is_file
+from lora_export.untrusted.places import is_file, is_folder
 
 State = Literal["ok", "sampled", "unhashed", "not described", "changed", "missing", "outside"]
 # The states by strength: of several findings on one file, the first in this order decides.
@@ -121,7 +121,7 @@ def verify(
     check = _Check(progress=progress or (lambda _bytes: None))
     bare = []
     for path in map(Path, given):
-        if not (path.is_file() or path.is_dir()):
+        if not (is_file(path) or is_folder(path)):
             raise LoraExportError(f"no file or folder at {path}", "check the path")
         before = check.compared
         check.look_at_all(_files(path), path)
@@ -139,10 +139,10 @@ def verify(
 
 def _files(path: Path) -> Iterator[tuple[Path, str]]:
     """Yield the files of a folder (`files_in`), or a file and those beside it that describe it."""
-    if not path.is_dir():
+    if not is_folder(path):
         yield path, ""
         for beside in sorted(path.parent.iterdir()):
-            if beside != path and beside.is_file() and _may_name(beside, path):
+            if beside != path and is_file(beside) and _may_name(beside, path):
                 yield beside, ""
         return
     for count, found in enumerate(files_in(path), 1):
@@ -204,10 +204,10 @@ class _Check:
             return
         self._seen.add(known)
         state = self._state(path)
-        state.matters |= matters(path, given if given.is_dir() else path.parent)
+        state.matters |= matters(path, given if is_folder(given) else path.parent)
         # What may describe files is refused by its own reader.
         may_describe = path.suffix == ".json" or path.name == SUMS
-        if given.is_dir() and leads_out(path, given) and not may_describe:
+        if is_folder(given) and leads_out(path, given) and not may_describe:
             if state.matters:
                 state.add("outside", path.name, _OUTSIDE)
             return

@@ -22,6 +22,7 @@ from lora_export.storage.sums.seal import find_seal
 from lora_export.untrusted.documents import MAX_BYTES, open_regular, read_json
 from lora_export.untrusted.fields import FieldError, from_plain
 from lora_export.untrusted.links import leads_out
+from lora_export.untrusted.places import is_file
 
 SUMS = "SHA256SUMS"
 MANIFEST_SUFFIX, MANIFEST_NAME = ".lora.json", "lora.json"
@@ -128,7 +129,7 @@ def _sums(path: Path) -> Description:
 
 def _may_list(path: Path) -> bool:
     """Return whether a JSON file is a list of files by its seal, its name, or the engine beside it."""
-    return find_seal(path) is not None or _is_manifest(path) or path.with_suffix(".engine").is_file()
+    return find_seal(path) is not None or _is_manifest(path) or is_file(path.with_suffix(".engine"))
 
 
 def _is_manifest(path: Path) -> bool:
@@ -156,7 +157,7 @@ def _json(path: Path) -> Description:
 
 
 def _is_ours(weights: Path) -> bool:
-    return weights.is_file() and find_seal(weights) is not None
+    return is_file(weights) and find_seal(weights) is not None
 
 
 def _claim(place: str, entry: FileHash) -> Claim:

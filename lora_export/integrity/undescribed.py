@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lora_export.errors import LoraExportError
 from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.places import is_file, is_link
 
 _SHOWN = {
     *(".md", ".txt", ".rst", ".pdf", ".html", ".css", ".csv", ".tsv", ".log", ".xml"),
@@ -54,12 +55,12 @@ def files_in(folder: Path) -> Iterator[tuple[Path, str]]:
     for place, folders, names in os.walk(folder):
         folders.sort()
         for name in [*folders]:
-            if (link := Path(place, name)).is_symlink():
+            if is_link(link := Path(place, name)):
                 folders.remove(name)
                 yield link, "it is a link to a folder"
         for name in sorted(names):
             file = Path(place, name)
-            if not file.is_file():
+            if not is_file(file):
                 # Locks of other programs may be sockets or links to nothing.
                 if not _is_hidden(file, folder):
                     yield file, "it is not a regular file"

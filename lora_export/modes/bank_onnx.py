@@ -38,6 +38,7 @@ from lora_export.sites.naming.towers import landmarks
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.values.ranges import cut_off
 from lora_export.storage.inputs import same_inputs
+from lora_export.untrusted.places import is_folder
 
 PathLike = str | os.PathLike[str]
 
@@ -111,7 +112,7 @@ def bank_onnx(
         batch_input=batch_input,
     )
     options = WriteOptions.among(locals())
-    if base.is_dir():
+    if is_folder(base):
         _refuse_before_capture(base, list(loaded.values()), slot_rank, allow_unmatched=allow_unmatched)
     with open_base(base, out, loaded.values(), options) as (opened, paths):
         resolver = Resolver(opened.graph, opened.weight_of, branches=True)

@@ -28,6 +28,7 @@ from lora_export.plan import Plan
 from lora_export.storage.folders import refuse_strangers
 from lora_export.storage.inputs import same_inputs
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_existing, refuse_inputs
+from lora_export.untrusted.places import is_folder
 
 PathLike = str | os.PathLike[str]
 # Features that other runtimes lack: factors, biases, and packs whose B is cut.
@@ -244,7 +245,7 @@ def _check_output(output: Path, form: _Form, file: GraphFile, *, genai: bool) ->
 
 def _check_folder(output: Path) -> None:
     """Refuse to replace a folder that holds more than an earlier conversion has written."""
-    if output.is_dir():
+    if is_folder(output):
         refuse_strangers(output, own_files(output), "converted adapter")
 
 

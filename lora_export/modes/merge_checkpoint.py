@@ -27,6 +27,7 @@ from lora_export.storage.inputs import same_inputs
 from lora_export.storage.manifest import Manifest, adapter_entry
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_inputs
 from lora_export.storage.rounding import Mode, rounding_dict
+from lora_export.untrusted.places import exists, is_folder
 
 
 @same_inputs()
@@ -110,11 +111,11 @@ def _refuse_output(target: Path, base: Path, force: bool) -> None:
             f"the output {target} is in the base {base}, and would be copied into itself",
             "choose another folder",
         )
-    if not target.exists() or not force:
+    if not exists(target) or not force:
         return
     # A folder is removed as a whole: only one that an earlier merge wrote, never a model that somebody
     # trained.
-    ours = target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST).exists())
+    ours = is_folder(target) and (not any(target.iterdir()) or exists(target / MANIFEST))
     if not ours:
         raise OutputError(
             f"{target} has no {MANIFEST}, so no merge has written it: it is not replaced, even with --force",

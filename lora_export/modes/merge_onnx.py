@@ -35,6 +35,7 @@ from lora_export.storage.inputs import same_inputs
 from lora_export.storage.manifest import Manifest, adapter_entry
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_replacing
 from lora_export.storage.rounding import Mode, Rounding, rounding_dict
+from lora_export.untrusted.places import is_folder
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +135,7 @@ class _Merging:
         A graph captured in another dtype than float32 holds rounded weights, so the sum is computed before,
         and rounded once. Single rows of an embedding have a site only in the folder, which also has the ties.
         """
-        if not self.base.is_dir():
+        if not is_folder(self.base):
             return None
         dtype = self.options.dtype or "float32"
         rows = any(adapter.token_rows for adapter in self.adapters)
@@ -208,7 +209,7 @@ class _Merging:
     def _write_graph(self, opened: Base, report: MergeReport, staged: Mapping[str, Path]) -> None:
         """Write the graph with its metadata, and the manifest, beside the written data."""
         model = opened.graph.model
-        if self.base.is_dir() and (entries := entries_before(self.before)):
+        if is_folder(self.base) and (entries := entries_before(self.before)):
             model.metadata_props[CAPTURED_KEY] = entries
         mark_merged(model, self.adapters, self.factors, opened.identity)
         name = report.outputs["data"].name
@@ -235,7 +236,7 @@ class _Merging:
 
 def _merged_before(base: Path) -> History:
     """Return what is merged into a base already: a folder, or a graph with its manifest beside it."""
-    if base.is_dir():
+    if is_folder(base):
         return history_of(base / MANIFEST)
     return history_of(base.with_suffix(".lora.json"), base)
 

@@ -38,6 +38,7 @@ from lora_export.sites.naming.towers import landmarks
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.values.ranges import cut_off
 from lora_export.storage.inputs import same_inputs
+from lora_export.untrusted.places import is_folder
 
 PathLike = str | os.PathLike[str]
 DEFAULT_MAX_RANK = 64
@@ -112,7 +113,7 @@ def swap_onnx(
         raise AdapterError("which modules are to be exposed?", "give an adapter, or target modules, or both")
     form = _Form(dora=dora, flavour=flavour, pack=pack or fuse_base, fuse_base=fuse_base, max_rank=max_rank)
     options = WriteOptions.among(locals())
-    if base.is_dir():
+    if is_folder(base):
         _refuse_before_capture(base, made_of, max_rank, dora=dora, allow_unmatched=allow_unmatched)
     with open_base(base, out, made_of, options) as (opened, paths):
         union = _union(opened, made_of, wanted, dora=dora, allow_unmatched=allow_unmatched)

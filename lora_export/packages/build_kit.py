@@ -31,6 +31,7 @@ from lora_export.storage.hashes import hash_written, sha256_of
 from lora_export.storage.inputs import same_inputs
 from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_existing, refuse_inputs
 from lora_export.untrusted.documents import MAX_BYTES, open_regular
+from lora_export.untrusted.places import is_folder, is_link
 
 PathLike = str | os.PathLike[str]
 _MIB = 1 << 20
@@ -121,7 +122,7 @@ def write_kits(
 
 def _check_kit(path: Path) -> None:
     """Refuse to replace a folder that is not a kit, or in which anything else lies, such as an engine."""
-    if not path.is_dir() or path.is_symlink():
+    if not is_folder(path) or is_link(path):
         refuse_strangers(path, (), "kit")
         return
     try:

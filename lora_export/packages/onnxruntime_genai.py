@@ -19,6 +19,7 @@ from lora_export.storage.inputs import note_inputs
 from lora_export.storage.outputs import refuse_replacing
 from lora_export.untrusted.documents import open_regular, read_json
 from lora_export.untrusted.links import link_problems
+from lora_export.untrusted.places import is_file, is_folder
 
 CONFIG = "genai_config.json"
 # Files that hold tokenizers, chat templates and processors.
@@ -71,7 +72,7 @@ def companions_of(base: Path, output: Path, force: bool = False) -> Companions:
     """
     nothing = Companions({}, output)
     config_path = base.parent / CONFIG
-    if base.is_dir() or not config_path.is_file():
+    if is_folder(base) or not is_file(config_path):
         return nothing
     note_inputs([config_path])
     config = _read(config_path, base)
@@ -85,7 +86,7 @@ def companions_of(base: Path, output: Path, force: bool = False) -> Companions:
     beside = [
         path
         for path in sorted(base.parent.iterdir())
-        if path.suffix in _SUFFIXES and not path.name.endswith(_MANIFEST) and path.is_file()
+        if path.suffix in _SUFFIXES and not path.name.endswith(_MANIFEST) and is_file(path)
     ]
     if problems := link_problems(base.parent, beside):
         raise PackageError(

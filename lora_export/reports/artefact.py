@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_export.plan import align
 from lora_export.reports.merge import size_text
+from lora_export.untrusted.places import exists, is_file, is_folder
 from lora_export.untrusted.shown import limited
 
 if TYPE_CHECKING:
@@ -56,12 +57,12 @@ def read_artefact(path: Path) -> Artefact | None:
     """
     from lora_export.engines.record import is_engine
 
-    if path.is_dir():
-        if (path / "adapter_config.json").exists():
+    if is_folder(path):
+        if exists(path / "adapter_config.json"):
             return None
-        if (path / _RECORD).is_file() and (path / "build.sh").is_file():
+        if is_file(path / _RECORD) and is_file(path / "build.sh"):
             return _kit(path)
-        return _genai(path, path) if (path / _GENAI).is_file() else None
+        return _genai(path, path) if is_file(path / _GENAI) else None
     readers: dict[str, Callable[[Path], Artefact]] = {".onnx": _graph, _MANIFEST: _manifest}
     for ending, read in readers.items():
         if path.name.endswith(ending):
@@ -131,7 +132,7 @@ def _graph(path: Path) -> Artefact:
         rows += [(port["name"], port["dtype"], _dims(port["dims"])) for port in facts[kind]]
         lines += limited(align(rows), kind, _NAMED + 1)
     manifest = path.with_name(f"{path.stem}{_MANIFEST}")
-    if manifest.is_file():
+    if is_file(manifest):
         words = ["lora-export", "inspect", str(manifest)]
         lines.append(f"manifest  {manifest.name}: {shlex.join(words)}")
     return Artefact("graph", facts, tuple(lines))

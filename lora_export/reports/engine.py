@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_export.plan import align
 from lora_export.reports.merge import size_text
+from lora_export.untrusted.places import exists
 
 if TYPE_CHECKING:
     from lora_export.engines.build import BuildReport, BuiltEngine
@@ -29,7 +30,7 @@ def build_lines(report: BuildReport, seconds: float) -> list[str]:
     lines += profile_lines(report.profiles)
     lines += [f"note: {note}" for note in report.notes]
     if report.dry_run:
-        existing = [str(engine.path) for engine in report.engines if engine.path.exists()]
+        existing = [str(engine.path) for engine in report.engines if exists(engine.path)]
         lines += [f"would write {engine.path}" for engine in report.engines]
         if existing:
             lines.append(f"note: --force would be needed, there is already: {', '.join(existing)}")
@@ -81,7 +82,7 @@ def kit_lines(report: KitReport) -> list[str]:
     """Return the lines that a user reads after kits were written."""
     lines = [*fit_lines(report.groups), *profile_lines(report.profiles)]
     lines += [f"note: {note}" for note in report.notes]
-    existing = [str(path) for path in report.kits if report.dry_run and path.exists()]
+    existing = [str(path) for path in report.kits if report.dry_run and exists(path)]
     if existing:
         lines.append(f"note: --force would be needed, there is already: {', '.join(existing)}")
     verb = "would write" if report.dry_run else "wrote"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lora_export.modes.merging.report import MergeReport
 from lora_export.plan import align
 from lora_export.storage.rounding import WARN_LOST, WARN_RELATIVE, Rounding, total_of
+from lora_export.untrusted.places import exists
 from lora_export.untrusted.shown import limited
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def report_json(report: MergeReport | ExposeReport) -> str:
 def plan_lines(report: MergeReport | ExposeReport) -> list[str]:
     """Return the lines that a dry run prints."""
     lines = [*report.plan.lines(), f"dry run: {size_text(report.size_bytes)} of weights would be written"]
-    existing = [str(path) for path in report.outputs.values() if path.exists()]
+    existing = [str(path) for path in report.outputs.values() if exists(path)]
     if existing:
         lines.append(f"note: --force would be needed, there is already: {', '.join(existing)}")
     return lines

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
+from lora_export.errors import GraphError
 from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile, shape_of
 from lora_export.sites import operator_named, operator_of
 from lora_export.sites.slot import (
@@ -20,9 +21,13 @@ from lora_export.sites.slot import (
     Use,
 )
 from lora_export.sites.values.ranges import is_fixed
+from lora_export.untrusted.shown import shown
 
 # Other operators that a vector may feed, so that biases and norms (modules_to_save, bias="all") have a site.
 _BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+# Outputs, inputs, and at least one axis of the kernel.
+_CONV_AXES = 3
+_OF_MATRICES = ("Gemm", "FusedGemm", "GemmFastGelu")
 _VECTOR_PARAMETERS = {"Add": "bias", "Mul": "weight"}
 
 
@@ -99,6 +104,7 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
         return None
     shape, dtype = shape_of(value.const_value), value.const_value.dtype
     packed = slot.shape is not None
+    _check_axes(node, slot, value, len(shape))
     if (slot.kind in WEIGHTS and len(shape) < 2 and not packed) or not shape:
         return None
     no_branch = slot.no_branch
@@ -123,6 +129,21 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
         refusal=refusal or wrong,
         no_branch=no_branch or wrong,
         quantised=quantised,
+    )
+
+
+def _check_axes(node: ir.Node, slot: Slot, root: ir.Value, axes: int) -> None:
+    """Raise `GraphError` if an operator can't read a weight of so many axes, as ONNX Runtime does."""
+    if slot.kind == "conv" and axes < _CONV_AXES:
+        wanted = f"{_CONV_AXES} or more"
+    elif node.op_type in _OF_MATRICES and slot.kind in WEIGHTS and axes != 2:
+        wanted = "2"
+    else:
+        return
+    raise GraphError(
+        f"the node '{shown(node.name)}' ({node.op_type}) reads a weight of {axes} axes "
+        f"({shown(root.name)}), wanted {wanted}",
+        "export the model again: ONNX Runtime can't run this graph",
     )
 
 

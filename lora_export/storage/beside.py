@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lora_export.errors import OutputError
 from lora_export.storage.outputs import OutputSet
+from lora_export.untrusted.places import is_file, is_there
 
 
 def without_equal(files: Mapping[Path, bytes]) -> dict[Path, bytes]:
@@ -33,13 +33,11 @@ def stage_beside(outputs: OutputSet, files: Mapping[Path, bytes], force: bool) -
     staged = without_equal(files)
     for path, content in staged.items():
         # Another process may write the same before this set is complete: that is looked at in the end.
-        outputs.stage(path, force=force or not os.path.lexists(path)).write_bytes(content)
+        outputs.stage(path, force=force or not is_there(path)).write_bytes(content)
 
     def check() -> None:
         others = [
-            str(path)
-            for path in without_equal(files)
-            if path not in staged or (not force and os.path.lexists(path))
+            str(path) for path in without_equal(files) if path not in staged or (not force and is_there(path))
         ]
         if others:
             raise OutputError(
@@ -53,4 +51,4 @@ def stage_beside(outputs: OutputSet, files: Mapping[Path, bytes], force: bool) -
 
 def _is_equal(path: Path, content: bytes) -> bool:
     # By size first: what lies there may be of any size.
-    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+    return is_file(path) and path.stat().st_size == len(content) and path.read_bytes() == content

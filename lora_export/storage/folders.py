@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from lora_export.errors import LoraExportError, OutputError
 from lora_export.storage.commit.lock import NAME
 from lora_export.storage.commit.steps import places_below
 from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.places import is_folder, is_link, is_there
 
 _SHOWN = 8
 
@@ -39,9 +39,9 @@ def refuse_strangers(folder: Path, listed: Collection[str], what: str) -> None:
         listed: The files that its own record lists.
         what: Name of what we write there: "kit".
     """
-    if not os.path.lexists(folder):
+    if not is_there(folder):
         return
-    if folder.is_symlink() or not folder.is_dir():
+    if is_link(folder) or not is_folder(folder):
         raise OutputError(f"{folder} is not a folder of a {what}", "choose another name")
     others = sorted(places_below(folder) - set(listed) - {NAME})
     if not others:

@@ -14,7 +14,7 @@ from lora_export.storage.commit.steps import sync_path
 from lora_export.storage.sums.full import file_digest, full_hash
 from lora_export.untrusted.documents import open_regular
 from lora_export.untrusted.fields import Count
-from lora_export.untrusted.places import is_file
+from lora_export.untrusted.places import files_below, is_file
 
 # Larger files are identified by a sample: hashing 2.5 GB takes longer than merging it.
 _WHOLE_BYTES = 64 << 20
@@ -97,7 +97,7 @@ def hash_content(name: str, content: bytes) -> FileHash:
 
 def hash_folder(folder: Path) -> dict[str, FileHash]:
     """Return the full hashes of a folder's files, those below it too, by their place in it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = files_below(folder)
     places = {path.relative_to(folder).as_posix(): path for path in files}
     return {place: hash_written(path, path.name) for place, path in places.items()}
 

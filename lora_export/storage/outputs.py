@@ -27,6 +27,7 @@ from lora_export.storage.commit.steps import (
 )
 from lora_export.storage.commit.told import has_begun, has_ended
 from lora_export.storage.inputs import forget_inputs, refuse_changed_inputs
+from lora_export.untrusted.places import exists, is_file, is_folder, is_link, is_there
 
 _ANOTHER_NAME = "choose another name"
 # Files that callers are reading; see `reading`.
@@ -75,7 +76,7 @@ class OutputSet:
                 for entry in self._staged:
                     discard(entry.path, calm)
             names = [name for entry in self._staged for name in (entry.path, entry.retired)]
-            is_left = self._is_stuck or any(map(os.path.lexists, names))
+            is_left = self._is_stuck or any(map(is_there, names))
             self._leases.release(calm, remove=not is_left)
             self._staged.clear()
         has_ended(self._close)
@@ -105,7 +106,7 @@ class OutputSet:
             tidy(target.parent)
         if folder:
             refuse_existing([target], force)
-            if target.is_file():
+            if is_file(target):
                 raise OutputError(f"{target} is a file, but the output is a folder", _ANOTHER_NAME)
         else:
             refuse_replacing([target], force)
@@ -143,7 +144,7 @@ class OutputSet:
             _refuse(_existing(self._kept))
             targets = [entry.target for entry in self._staged]
             # Before they are judged: what comes later is found when they are renamed.
-            known = {path: frozenset(places_below(path)) for path in targets if path.is_dir()}
+            known = {path: frozenset(places_below(path)) for path in targets if is_folder(path)}
             if check is not None:
                 check()
             if self._listed:
@@ -174,7 +175,7 @@ def refuse_existing(targets: list[Path], force: bool) -> None:
 
 
 def _existing(targets: list[Path]) -> list[str]:
-    return [str(target) for target in targets if os.path.lexists(target)]
+    return [str(target) for target in targets if is_there(target)]
 
 
 def _refuse(existing: list[str]) -> None:
@@ -187,7 +188,7 @@ def _refuse(existing: list[str]) -> None:
 def refuse_replacing(files: list[Path], force: bool, reads: Iterable[Path] = ()) -> None:
     """Raise `OutputError` for files that already exist, unless ``force``; for folders and inputs always."""
     refuse_inputs(files, reads)
-    folders = [str(file) for file in files if file.is_dir()]
+    folders = [str(file) for file in files if is_folder(file)]
     if folders:
         raise OutputError(
             "a folder of the output's name exists, but the output is a file", _ANOTHER_NAME, folders
@@ -204,7 +205,7 @@ def _places_of(path: Path, resolved: Callable[[Path], str]) -> set[str]:
     if path.name in ("", ".."):
         return {resolved(path)}
     place = os.path.join(resolved(path.parent), path.name)  # noqa: PTH118 - text, for the comparisons below
-    return {place, os.path.realpath(place)} if os.path.islink(place) else {place}  # noqa: PTH114
+    return {place, os.path.realpath(place)} if is_link(place) else {place}
 
 
 @contextlib.contextmanager
@@ -276,8 +277,8 @@ def make_parent(target: Path) -> None:
 
 def check_parent(target: Path) -> None:
     """Raise `OutputError` if the folder of ``target`` can't be created or written; nothing is created."""
-    above = next((path for path in target.absolute().parents if path.exists()), Path())
-    if not above.is_dir():
+    above = next((path for path in target.absolute().parents if exists(path)), Path())
+    if not is_folder(above):
         raise OutputError(f"cannot write {target}: {above} is a file, not a folder", _ANOTHER_NAME)
     if not os.access(above, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write into {above}", "choose a folder that you may write to")
@@ -285,7 +286,7 @@ def check_parent(target: Path) -> None:
 
 def sync_tree(path: Path) -> None:
     """Flush a file, or each file of a folder, to the disk."""
-    if path.is_dir():
+    if is_folder(path):
         for child in path.rglob("*"):
             sync_path(child)
     sync_path(path)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lora_export.errors import LoraExportError
-from lora_export.untrusted.places import is_file, is_folder, is_link
+from lora_export.untrusted.places import exists, is_file, is_folder, is_link, is_there
 
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
 _HINT = "put the files themselves into the folder in place of the links, or remove the links"
@@ -29,7 +29,7 @@ def refuse_links(folder: Path, paths: Iterable[Path], error: type[LoraExportErro
     Raises:
         LoraExportError: There are such links (of the class ``error``).
     """
-    found = (path for path in dict.fromkeys(paths) if os.path.lexists(path))
+    found = (path for path in dict.fromkeys(paths) if is_there(path))
     if problems := link_problems(folder, found):
         raise error(
             f"{len(problems)} files of {folder} would be read from somewhere else, or can't be",
@@ -52,7 +52,7 @@ def leads_out(path: Path, given: Path) -> str:
         given: The folder or file that the user named. A file may be a link itself; what belongs to it may
             lie beside either of its two places.
     """
-    folder = given if given.is_dir() else given.parent
+    folder = given if is_folder(given) else given.parent
     allowed = [os.path.realpath(folder), *_blobs(folder)]
     if folder is not given:
         allowed.append(os.path.dirname(os.path.realpath(given)))  # noqa: PTH120
@@ -75,7 +75,7 @@ def link_problems(folder: Path, paths: Iterable[Path]) -> list[str]:
             problems.append(f"{name} is a link to the folder {real}")
         elif not _lies_in(real, allowed):
             problems.append(f"{name} is a link out of the folder, to {real}")
-        elif not path.exists():
+        elif not exists(path):
             problems.append(f"{name} is a link to {real}, where nothing is")
         elif not is_file(path):
             problems.append(f"{name} is not a file")

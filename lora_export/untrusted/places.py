@@ -1,14 +1,25 @@
-"""Look at places that a stranger's file names: such a name may be one that no file can have.
+"""Look whether something is at a place, and tell that nothing is there from that nobody can say.
 
-`pathlib` raises for a name that is longer than the file system's (255 bytes), or has a null character; that
-nothing is there is what a caller has an answer to.
+`pathlib` takes every error for an absent file from Python 3.14 on, and `os.path` always did: a config in a
+folder that can't be searched for a moment (``EACCES``, ``EIO``, ``ESTALE`` of a network's file system) would
+be none, and an adapter be read without it. Here such an error is raised, with its path.
+
+A stranger's file may also name a place by a name that no file can have: longer than the file system's (255
+bytes), or with a null character. That nothing is there is what a caller has an answer to.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
+
+# What the system says of a place where nothing is; ELOOP of links that lead to each other.
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBADF})
+# The same on Windows: no device, no such name, a link that leads nowhere.
+_ABSENT_WINDOWS = frozenset({21, 123, 1921})
 
 
 def is_possible(path: Path) -> bool:
@@ -22,16 +33,55 @@ def is_possible(path: Path) -> bool:
     return True
 
 
-def is_file(path: Path) -> bool:
-    """Return whether there is a file, links followed; False for a name that none can have."""
-    return os.path.isfile(path)  # noqa: PTH113
+def exists(path: str | Path) -> bool:
+    """Return whether something is there, links followed; errors as of `is_file`."""
+    return _mode(path, os.stat) is not None
 
 
-def is_folder(path: Path) -> bool:
-    """Return whether there is a folder, links followed; False for a name that none can have."""
-    return os.path.isdir(path)  # noqa: PTH112
+def is_there(path: str | Path) -> bool:
+    """Return whether something is there, perhaps a link that leads nowhere; errors as of `is_file`."""
+    return _mode(path, os.lstat) is not None
 
 
-def is_link(path: Path) -> bool:
-    """Return whether there is a link; False for a name that none can have."""
-    return os.path.islink(path)  # noqa: PTH114
+def is_file(path: str | Path) -> bool:
+    """Return whether there is a file, links followed; False for a name that none can have.
+
+    Raises:
+        OSError: The system can't say it.
+    """
+    return stat.S_ISREG(_mode(path, os.stat) or 0)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Return whether there is a folder, links followed; errors as of `is_file`."""
+    return stat.S_ISDIR(_mode(path, os.stat) or 0)
+
+
+def is_link(path: str | Path) -> bool:
+    """Return whether there is a link; errors as of `is_file`."""
+    return stat.S_ISLNK(_mode(path, os.lstat) or 0)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return the files in a folder and in those below it, by their paths; links to folders are not followed.
+
+    Raises:
+        OSError: One of the folders can't be listed, which `pathlib` takes for an empty one.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    listed = os.walk(folder, onerror=refuse)
+    return sorted(file for place, _, names in listed for name in names if is_file(file := Path(place, name)))
+
+
+def _mode(path: str | Path, look: Callable[[str | Path], os.stat_result]) -> int | None:
+    try:
+        return look(path).st_mode
+    except ValueError:  # a null character
+        return None
+    except OSError as error:
+        if error.errno in _ABSENT or getattr(error, "winerror", None) in _ABSENT_WINDOWS:
+            return None
+        raise

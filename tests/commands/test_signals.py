@@ -131,6 +131,17 @@ late = Late()
 atexit.register(os.kill, os.getpid(), int(sys.argv[1]))
 cli.main(["merge"])
 """
+DONE = ENDING.replace(
+    "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n", "    return int(sys.argv[2])\n"
+)
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_after_all_is_done_does_not_change_the_exit_code(number, code):
+    command = [sys.executable, "-c", DONE, str(int(number)), str(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -140,6 +151,24 @@ def test_a_signal_after_the_end_does_not_change_the_exit_code(number):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 130
     assert done.stderr.strip() == "Aborted: nothing was replaced."
+
+
+EXECUTED = """
+import signal
+from lora_export import cli
+def verb(*_, **__):
+    exec("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)")
+cli.root.main = verb
+cli.main(["merge"])
+"""
+
+
+def test_ctrl_c_within_a_text_that_is_executed_has_the_usual_exit_code(tmp_path):
+    """Python remembers such a one, and with ``-m`` ends by SIGINT itself, though it was dealt with."""
+    (tmp_path / "executed.py").write_text(EXECUTED)
+    command = [sys.executable, "-m", "executed"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr.strip()) == (130, "Aborted: nothing was replaced.")
 
 
 # Sends itself a signal when it looks for the module of that number.

@@ -48,6 +48,7 @@ from lora_export.graph.data_identity import mark_data
 from lora_export.graph.onnx_file import save_graph
 from lora_export.progress import tell_stage
 from lora_export.storage.hashes import hash_written
+from lora_export.untrusted.places import is_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -227,7 +228,7 @@ def _save(graph: ir.Model, output: Path) -> Path:
     tell_stage("writing the graph as it was traced")
     data = output.parent / f"{output.name}.data"
     graph = unload_from_model(graph, output.parent, data.name, size_threshold_bytes=_INLINE_BYTES)
-    if data.is_file():
+    if is_file(data):
         mark_data(graph, {data.name: hash_written(data, data.name)})
     save_graph(graph, output)
     return output

@@ -23,6 +23,7 @@ from lora_export.base.checkpoint.widths import refuse_wide
 from lora_export.errors import CheckpointError
 from lora_export.storage.inputs import note_inputs
 from lora_export.untrusted.links import refuse_links
+from lora_export.untrusted.places import exists, is_folder
 
 EXPORT_YOURSELF = (
     "export the model yourself and go on with that .onnx (lora_export.export_onnx does it, an adapter merged)"
@@ -50,10 +51,10 @@ def look_at(path: Path) -> Loading:
     """
     import transformers
 
-    if not path.is_dir():  # else transformers would ask a hub for a model of that name
+    if not is_folder(path):  # else transformers would ask a hub for a model of that name
         raise no_folder(path)
     note_inputs(model_files(path))
-    if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
+    if not exists(path / "config.json") and exists(path / "adapter_config.json"):
         raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
     _refuse_diffusers(path)
     refuse_links(
@@ -125,7 +126,7 @@ def _cant_load(path: Path, error: Exception) -> CheckpointError:
 
 def _refuse_diffusers(path: Path) -> None:
     """Refuse a pipeline of diffusers, or one of its models, with a message that says so."""
-    if (path / "model_index.json").exists():
+    if exists(path / "model_index.json"):
         Checkpoint.open(path)  # raises for a pipeline
     if kind := diffusers_class(path):
         raise CheckpointError(
@@ -136,7 +137,7 @@ def _refuse_diffusers(path: Path) -> None:
 
 def _refuse_adapter_beside(path: Path) -> None:
     """Refuse an adapter in the model's folder, because transformers applies it if PEFT is installed."""
-    if (path / "config.json").exists() and (path / "adapter_config.json").exists():
+    if exists(path / "config.json") and exists(path / "adapter_config.json"):
         raise CheckpointError(
             f"{path} holds an adapter beside the model (adapter_config.json): transformers would apply it "
             "if PEFT is installed",

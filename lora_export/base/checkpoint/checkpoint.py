@@ -20,6 +20,7 @@ from lora_export.errors import CheckpointError
 from lora_export.storage.inputs import note_inputs, refuse_changed_inputs
 from lora_export.storage.safetensors import DTYPES, FileHeader, HeaderError, StoredTensor, read_file_header
 from lora_export.untrusted.links import refuse_links
+from lora_export.untrusted.places import exists, is_file, is_folder
 
 _OTHER_FORMATS = {
     "pytorch_model.bin": "PyTorch pickles",
@@ -58,7 +59,7 @@ class Checkpoint:
                 problems are listed.
         """
         folder = Path(folder)
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise no_folder(folder)
         note_inputs(model_files(folder))
         config = read_config(folder)
@@ -126,11 +127,11 @@ def model_files(folder: Path) -> list[Path]:
 
 def no_folder(path: Path) -> CheckpointError:
     """Return the error for a path that should be a checkpoint's folder and is not."""
-    if path.suffix == ".onnx" and path.is_file():
+    if path.suffix == ".onnx" and is_file(path):
         hint = "give the checkpoint folder that it was exported from"
         return CheckpointError(f"{path} is a graph already, not a folder of a checkpoint", hint)
     hint = "give a local folder with config.json and model.safetensors"
-    if path.is_file():
+    if is_file(path):
         return CheckpointError(f"{path} is a file, not a folder of a checkpoint", hint)
     # An absolute path is not a name on a hub, and neither is one of three parts.
     if len(path.parts) == 2 and not path.is_absolute():
@@ -143,11 +144,11 @@ def _diffusers_class(config: Mapping[str, Any]) -> str:
 
 
 def _no_safetensors(folder: Path) -> CheckpointError:
-    found = [f"{name}: {kind}" for name, kind in _OTHER_FORMATS.items() if (folder / name).exists()]
+    found = [f"{name}: {kind}" for name, kind in _OTHER_FORMATS.items() if exists(folder / name)]
     found += [f"{path.name}: GGUF" for path in sorted(folder.glob("*.gguf"))]
-    if (folder / "adapter_config.json").exists():
+    if exists(folder / "adapter_config.json"):
         return CheckpointError(f"{folder} is an adapter, not a base model", "give it to --adapter")
-    if (folder / "model_index.json").exists():
+    if exists(folder / "model_index.json"):
         models = (path for name in ("*.safetensors", "config.json") for path in folder.glob(f"*/{name}"))
         parts = sorted({path.parent.name for path in models})
         return CheckpointError(
@@ -160,7 +161,7 @@ def _no_safetensors(folder: Path) -> CheckpointError:
             f"{folder} is a model of sentence-transformers whose transformer has a folder of its own",
             f"give {transformer} as the base, and put what is written in its place in a copy of {folder}",
         )
-    if snapshots := sorted(path for path in folder.glob("snapshots/*") if path.is_dir()):
+    if snapshots := sorted(path for path in folder.glob("snapshots/*") if is_folder(path)):
         return CheckpointError(
             f"{folder} is a model's folder in the Hugging Face cache, above its snapshots",
             f"give the snapshot: {snapshots[-1]}" if len(snapshots) == 1 else "give one of its snapshots",
@@ -190,7 +191,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: The file can't be read.
     """
     file = folder / "config.json"
-    config = read_object(file) if file.exists() else {}
+    config = read_object(file) if exists(file) else {}
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise CheckpointError(

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_export.untrusted.places import is_folder
+
 # Model families with Conv1D, which stores ``(in_dim, out_dim)``, and its names there (transformers
 # ``pytorch_utils.Conv1D``).
 CONV1D_FAMILIES = frozenset(
@@ -52,4 +54,4 @@ def source_folder(kind: str) -> Path | None:
     # A part's type is its model's with one more word: ``gemma3_text``.
     names = ["_".join(parts[:count]) for count in range(len(parts), 0, -1)]
     folders = (Path(place) / "models" / name for place in places for name in names if name)
-    return next((folder for folder in folders if folder.is_dir()), None)
+    return next((folder for folder in folders if is_folder(folder)), None)

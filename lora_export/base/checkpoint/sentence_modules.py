@@ -20,7 +20,7 @@ from lora_export.errors import AdapterError, CheckpointError, LoraExportError
 from lora_export.formats.reading.tensors import read_safetensors
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.links import link_problems, refuse_link
-from lora_export.untrusted.places import is_file, is_link, is_possible
+from lora_export.untrusted.places import exists, is_file, is_folder, is_link, is_possible
 
 _LIST = "modules.json"
 _COMPARED = (".json", ".safetensors", ".bin", ".pt", ".pth")
@@ -32,7 +32,7 @@ def transformer_folder(folder: Path) -> Path | None:
     """Return the subfolder with the transformer of a model in the older layout (``0_Transformer``)."""
     for path in module_paths(folder):
         place = folder / path
-        if any(place.glob("*.safetensors")) and (place / "config.json").exists():
+        if any(place.glob("*.safetensors")) and exists(place / "config.json"):
             return place
     return None
 
@@ -59,7 +59,7 @@ def lost_modules(adapters: Sequence[Adapter], base: Path, *, refuse: bool) -> li
     root, notes = _root(base), list[str]()
     for adapter in adapters:
         source = Path(adapter.source)
-        folder = _root(source if source.is_dir() else source.parent)
+        folder = _root(source if is_folder(source) else source.parent)
         lost = dict(_differing(folder, root))
         if not lost:
             continue
@@ -80,7 +80,7 @@ def lost_modules(adapters: Sequence[Adapter], base: Path, *, refuse: bool) -> li
 def _root(place: Path) -> Path:
     """Return the folder of the model that a transformer's folder belongs to: itself, or its parent."""
     own = place.absolute()
-    return own.parent if own.name in module_paths(own.parent) and not (own / _LIST).exists() else place
+    return own.parent if own.name in module_paths(own.parent) and not exists(own / _LIST) else place
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:
@@ -140,7 +140,7 @@ def _refuse_linked(folder: Path, path: str) -> None:
 
 def _difference(mine: Path, theirs: Path) -> str:
     """Return the difference of two folders of a module, or an empty text."""
-    for file in sorted(path for path in mine.rglob("*") if path.is_file() and path.suffix in _COMPARED):
+    for file in sorted(path for path in mine.rglob("*") if is_file(path) and path.suffix in _COMPARED):
         if problems := link_problems(mine, [file]):
             return f"it can't be compared: {problems[0]}"
         other = theirs / file.relative_to(mine)

@@ -22,7 +22,7 @@ from typing import Any
 from lora_export.errors import CheckpointError
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import seen
-from lora_export.untrusted.places import is_file
+from lora_export.untrusted.places import is_file, is_folder
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _SINGLE = re.compile(rf"(?P<stem>{'|'.join(_STEMS)})(?:\.(?P<variant>[^.]+))?\.safetensors")
@@ -72,7 +72,7 @@ def refuse_chosen_elsewhere(folder: Path, config: Mapping[str, Any]) -> None:
         # A name in the folder's own config is followed; whether a part's config is read is unknown.
         if place != _KEY or not (isinstance(name, str) and _is_plain(folder, name))
     ]
-    if folder.is_dir():
+    if is_folder(folder):
         names = [path.name for path in folder.glob("*.safetensors")]
         parts = sorted(name for name in names if _DISTRIBUTED.fullmatch(name))
         problems += [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from lora_export.formats.reading.scope import share
 from lora_export.storage.inputs import note_inputs
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import FieldError, from_plain
+from lora_export.untrusted.places import is_there
 
 # Name of the manifest beside the weights of a merged folder.
 MANIFEST = "lora.json"
@@ -110,7 +110,7 @@ def history_of(manifest: Path, graph: Path | None = None) -> History:
     """
     # Also if there is no manifest: one that appears later belongs to another base.
     note_inputs([manifest])
-    if not os.path.lexists(manifest):
+    if not is_there(manifest):
         return History()
     try:
         record = from_plain(

@@ -30,6 +30,7 @@ from lora_export.base.ties.tied_layers import may_tie_layers
 from lora_export.base.ties.ties import find_ties, may_be_tied
 from lora_export.errors import AdapterError
 from lora_export.formats.reading.whole_copies import reach_of
+from lora_export.untrusted.places import exists
 
 _HINT = (
     "{alone}, or train the second on the merged base; PEFT stores whole embeddings and heads beside LoRA on "
@@ -87,7 +88,7 @@ def are_judged(weights: Sequence[float], manifest: Path) -> bool:
         weights: Factor of each adapter.
         manifest: Manifest that an earlier merge may have written beside the base.
     """
-    return list(weights) != [1.0] or manifest.exists()
+    return list(weights) != [1.0] or exists(manifest)
 
 
 def spread_copies(changes: Sequence[Copied], spread: Iterable[tuple[int, str, str]]) -> list[Copied]:

@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_export.adapter import Layout
+from lora_export.formats.reading.name_ends import by_module, ends_of, has_end, some
 from lora_export.formats.reading.patterns import fullmatch
 
 # Registration order in transformers' expert modules; GPT-OSS has matrices of biases, DBRX w1, v1, w2.
@@ -69,15 +70,11 @@ def parameters_of(path: str, targets: Sequence[str], levels: int) -> list[str]:
         targets: The config's ``target_parameters``.
         levels: Number of nested pairs that the file has for it.
     """
-    bare, named = [], []
-    for target in dict.fromkeys(targets):
-        module, _, parameter = target.rpartition(".")
-        if not module:
-            bare.append(parameter)
-        elif path == module or path.endswith(f".{module}"):
-            named.append(parameter)
+    known = by_module(targets)
+    bare = [parameter for _, parameter in known.get("", ())]
+    fitting = sorted(found for end in ends_of(path) if end for found in known.get(end, ()))
     # Two may mean one parameter: ``mlp.gate.weight``, and ``gate.weight``, which PEFT adds for all-linear.
-    named = list(dict.fromkeys(named))
+    named = list(dict.fromkeys(parameter for _, parameter in fitting))
     found = list(dict.fromkeys([*named, *bare]))
     return named if len(found) != levels and len(named) == levels else found
 
@@ -100,7 +97,7 @@ def _listed(path: str, config: Mapping[str, Any], key: str) -> bool:
             return False
     if not isinstance(names, Sequence):
         return False
-    return any(isinstance(name, str) and (path == name or path.endswith(f".{name}")) for name in names)
+    return has_end(path, names)
 
 
 def nesting(path: str, names: Sequence[str], levels: int, problems: list[str]) -> list[str]:
@@ -115,7 +112,7 @@ def nesting(path: str, names: Sequence[str], levels: int, problems: list[str]) -
     if len(names) != levels:
         problems.append(
             f"{path}: the file has {levels} nested LoRA pairs, but target_parameters lists "
-            f"{len(names)} of its parameters ({', '.join(names) or 'none'})"
+            f"{len(names)} of its parameters ({some(names) or 'none'})"
         )
         return []
     if levels == 1:
@@ -123,8 +120,8 @@ def nesting(path: str, names: Sequence[str], levels: int, problems: list[str]) -
     unknown = [name for name in names if name not in REGISTERED]
     if unknown:
         problems.append(
-            f"{path}: target_parameters {', '.join(names)} are nested in the order in which the module "
-            f"registered them, which is unknown for {', '.join(unknown)}; "
+            f"{path}: target_parameters {some(names)} are nested in the order in which the module "
+            f"registered them, which is unknown for {some(unknown)}; "
             "save one adapter for each parameter"
         )
         return []

@@ -11,11 +11,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from lora_export.formats.reading.patterns import count, fullmatch, match
+from lora_export.formats.reading.patterns import count, fullmatch, match, timed
 
-# Characters that mean themselves, dots that mean any character, and escaped dots.
-_PLAIN = re.compile(r"(?:[A-Za-z0-9_-]|\\?\.)+")
-_PIECE = re.compile(r"\\\.|.")
+# Characters that mean themselves, dots that mean any character, and what `re.escape` writes for a path; with
+# ``^`` in front, the whole path.
+_PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_-]|\\?\.|\\-)+")
+_PIECE = re.compile(r"\\.|.")
 # Stands for any character in a looked-up key.
 _ANY = "\0"
 
@@ -32,15 +33,17 @@ class KeyIndex:
     def __init__(self, name: str, keys: Iterable[str], *, whole: bool = False) -> None:
         self._name, self._keys, self._whole = name, list(keys), whole
         self._others: list[int] = []
-        # Length and positions of the dots that mean any character → key without them → numbers.
-        self._plain: dict[tuple[int, tuple[int, ...]], dict[str, list[int]]] = defaultdict(dict)
+        # Whether it is for whole paths, length, positions of the dots that mean any character → key without
+        # them → numbers.
+        self._plain: dict[tuple[bool, int, tuple[int, ...]], dict[str, list[int]]] = defaultdict(dict)
         for number, key in enumerate(self._keys):
             if not _PLAIN.fullmatch(key):
                 self._others.append(number)
                 continue
-            letters = [_ANY if piece == "." else piece[-1] for piece in _PIECE.findall(key)]
+            letters = [_ANY if piece == "." else piece[-1] for piece in _PIECE.findall(key.removeprefix("^"))]
             dots = tuple(at for at, letter in enumerate(letters) if letter == _ANY)
-            self._plain[len(letters), dots].setdefault("".join(letters), []).append(number)
+            is_whole = whole or key.startswith("^")
+            self._plain[is_whole, len(letters), dots].setdefault("".join(letters), []).append(number)
 
     def fitting(self, path: str) -> list[int]:
         """Return the numbers of the keys that fit a path, in their order.
@@ -48,15 +51,21 @@ class KeyIndex:
         Raises:
             AdapterError: The keys take too long to match.
         """
+        if not self._keys:
+            return []
+        with timed(self._name, self._keys[0]):
+            return self._fitting(path)
+
+    def _fitting(self, path: str) -> list[int]:
         # A dot does not match a line end, and $ matches before one.
         if "\n" in path or _ANY in path:
             return [number for number in range(len(self._keys)) if self._fits(number, path)]
         if self._plain:
             count(self._name, self._keys[0], path, len(self._plain))
         found = [number for number in self._others if self._fits(number, path)]
-        for (length, dots), keys in self._plain.items():
+        for (is_whole, length, dots), keys in self._plain.items():
             start = len(path) - length
-            if start < 0 or (start and (self._whole or path[start - 1] != ".")):
+            if start < 0 or (start and (is_whole or path[start - 1] != ".")):
                 continue
             letters = list(path[start:])
             for at in dots:

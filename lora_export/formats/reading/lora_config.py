@@ -8,6 +8,7 @@ the tensors.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
@@ -84,6 +85,9 @@ _REFUSED = {
     "megatron_config": "Megatron's parallel layers may hold a shard of a factor; gather and save without it",
     "use_qalora": "QALoRA's lora_A works on pooled inputs of a GPTQ base; PEFT itself can't merge it",
 }  # fmt: skip
+# BD-LoRA's lists of words in the paths of modules whose factor is stacked blocks.
+BLOCK_LISTS = ("target_modules_bd_a", "target_modules_bd_b")
+_MOST_NAMES = 1024
 # Initialisations that change the base weights: the saved tensors are relative to the changed base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -242,6 +246,30 @@ def check_switches(
                 problems.append(f"{module.path}: has a {attribute}, but {where} {switch} is off")
             elif config.get(switch) is True and not there and module.kind in kinds:
                 problems.append(f"{module.path}: has no {attribute}, but {where} {switch} is on")
+
+
+def too_many_names(config: Mapping[str, Any]) -> list[str]:
+    """Return a line for each list of names that is longer than any that a training writes.
+
+    Each of these names is compared with each of the file's and the base's modules.
+    """
+    given = {key: config.get(key) for key in ("modules_to_save", "trainable_token_indices")}
+    if isinstance(blocks := config.get("use_bdlora"), Mapping):
+        given |= {f"use_bdlora {key}": blocks.get(key) for key in BLOCK_LISTS}
+    found = [
+        f"config {key}: {len(listed)} names, at most {_MOST_NAMES} are read"
+        for key, listed in given.items()
+        if isinstance(listed, list | Mapping) and len(listed) > _MOST_NAMES
+    ]
+    if isinstance(targets := config.get("target_parameters"), list):
+        modules = Counter(target.rpartition(".")[0] for target in {str(target) for target in targets})
+        module, count = max(modules.items(), key=lambda one: one[1], default=("", 0))
+        if count > _MOST_NAMES:
+            found.append(
+                f"config target_parameters: {count} parameters of {module or 'any module'}, at most "
+                f"{_MOST_NAMES} are read"
+            )
+    return found
 
 
 def _pattern_problem(key: str, pattern: str) -> str:

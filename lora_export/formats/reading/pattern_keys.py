@@ -12,11 +12,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_export.formats.reading.key_index import KeyIndex
+from lora_export.formats.reading.patterns import timed
 
 KEYS = ("rank_pattern", "alpha_pattern")
 # A literal name at the beginning of a key, with its dot.
 _FIRST_NAME = re.compile(r"\^?(?:[A-Za-z_]\w*)(?:\\\.|\.)(?![*+?{])")
-_MOST_NAMES = 64
+_MOST_NAMES = 16
 
 
 def misplaced_keys(config: Mapping[str, Any], paths: Collection[str]) -> Iterator[str]:
@@ -46,9 +47,10 @@ def misplaced_keys(config: Mapping[str, Any], paths: Collection[str]) -> Iterato
 
 def _meant(kind: str, keys: Sequence[str], paths: Collection[str]) -> dict[str, str]:
     """Return the first path that each key fits after the key or the path loses some of its first names."""
-    index, meant, known = KeyIndex(kind, keys), dict[str, str](), set(keys)
-    shorter = [(key, short) for key in keys for short in _shorter(key)]
-    whole = KeyIndex(kind, (short.removesuffix("$") for _, short in shorter), whole=True)
+    with timed(kind, keys[0]):
+        index, meant, known = KeyIndex(kind, keys), dict[str, str](), set(keys)
+        shorter = [(key, short) for key in keys for short in _shorter(key)]
+        whole = KeyIndex(kind, (short.removesuffix("$") for _, short in shorter), whole=True)
     for path in paths:
         names = path.split(".")
         for first in range(1, len(names) - 1):

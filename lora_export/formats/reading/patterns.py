@@ -8,7 +8,9 @@ busy for ever: ``(a|aa)+$`` doubles its work with each letter. So:
    in another way than ``re`` (``{e<=1}``, ``[[:alpha:]]``) is escaped first.
 3. A pattern that repeats a group and refers to one is refused: what a group of an earlier round, or of one
    that was given up, holds in ``re`` it does not always hold in ``regex`` (``((a)|b(?(2)a|q))*``).
-4. What `within` reads has one budget for all of its patterns: for the time of compiling and matching them,
+4. What ``regex`` writes out is counted before: an item with a least number of repeats is copied so many
+   times (``a{60000}``), and what is inside one another multiplies (``(?:(?:a{9}){9}){9}``).
+5. What `within` reads has one budget for all of its patterns: for the time of compiling and matching them,
    for their number and for that of matches.
 """
 
@@ -27,6 +29,7 @@ from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 from lora_export.errors import AdapterError
+from lora_export.formats.reading.pattern_sizes import COMMENT, set_end, surplus
 
 # For all patterns of one reading together, in seconds of this thread; and what each match and each pattern is
 # granted besides, of which the usual one takes a tenth, and a third; in total no
@@ -36,20 +39,22 @@ _GRANT_S, _COMPILE_GRANT_S, _MOST_GRANTED_S = 20e-6, 500e-6, 2.0
 # A microsecond each, or more for a long text; and some kilobytes each.
 _MOST_MATCHES, _LONG_TEXT = 5_000_000, 1000
 _MOST_PATTERNS = 10_000
-# ``regex`` compiles about 150 letters a millisecond.
-_LONGEST = 100_000
+# ``re`` and ``regex`` together compile about 60 letters a millisecond.
+_LONGEST = 50_000
+# Letters that ``regex`` writes out besides (rule 5), in all patterns of a reading: 0.6 kB each.
+_MOST_REPEATED = 100_000
 # Without these, escaped ones apart, a pattern has one way to match; PEFT's prefix ``(.*\\.)?`` has one for
 # each dot.
 _BRANCHING = frozenset("*+?{|")
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _REPEAT = re.compile(r"\{(?:\d+(?:,\d*)?|,\d*)\}")
 _NAMED = re.compile(r"\\(?:N\{([^}]*)\}|.)", re.DOTALL)
-_COMMENT = re.compile(r"\(\?#[^)]*\)")
 _REFERENCE = re.compile(r"\\[1-9]|\(\?(?:\(|P=)")
 # ``?`` is no repeat: PEFT puts ``(.*\.)?`` before each key.
 _GROUP_REPEAT = re.compile(r"\)(?:[*+]|\{\d*,?\d*\})")
 _VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 _SHOWN = 80
+_TOO_SLOW = "takes more than {}, with those before it, to match modules' paths"
 # What silences warnings is the whole process's.
 _QUIET = threading.Lock()
 T = TypeVar("T")
@@ -63,17 +68,23 @@ class _Budget:
         where: Name of the adapter and its file, for messages.
         left_s: Seconds.
         granted_s: Seconds that came on top.
+        spent_s: Seconds that are spent.
         matches: Number of matches; a long text counts as several.
+        repeated: Letters that patterns have when their repeats are written out, beyond those that they have.
         compiled: Patterns, ready to match.
+        afforded: Patterns whose size is counted.
         remembered: The object's id → the object, and the result that was made from it.
     """
 
     where: str
     left_s: float = field(default_factory=lambda: LIMIT_S)
     granted_s: float = 0.0
+    spent_s: float = 0.0
     matches: int = _MOST_MATCHES
+    repeated: int = _MOST_REPEATED
     compiled: dict[str, tuple[bool, Any]] = field(default_factory=dict)
     remembered: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    afforded: set[str] = field(default_factory=set)
 
     @property
     def limit(self) -> str:
@@ -85,6 +96,7 @@ class _Budget:
         if self.granted_s < _MOST_GRANTED_S:
             self.granted_s += grant_s
             self.left_s += grant_s
+        self.spent_s += seconds
         self.left_s -= seconds
         return self.left_s > 0
 
@@ -152,7 +164,9 @@ def check(key: str, pattern: str) -> None:
         re.error: The pattern is not a regular expression.
         AdapterError: All patterns together take too long to compile.
     """
-    with _compiling(_budget(), key, pattern):
+    budget = _budget()
+    _afford(budget, key, pattern)
+    with _compiling(budget, key, pattern):
         _checked(pattern)
 
 
@@ -186,12 +200,26 @@ def _compiling(budget: _Budget, key: str, pattern: str) -> Iterator[None]:
         raise _refusal(budget, key, pattern, f"and those before it take more than {budget.limit} to compile")
 
 
+def _afford(budget: _Budget, key: str, pattern: str) -> None:
+    """Count what compiling a pattern costs that can't be stopped once it has begun."""
+    if pattern in budget.afforded:
+        return
+    if len(pattern) > _LONGEST:
+        raise _refusal(budget, key, pattern, f"has {len(pattern)} letters, more than {_LONGEST}")
+    budget.afforded.add(pattern)
+    budget.repeated -= surplus(pattern)
+    if budget.repeated < 0:
+        why = f"and those before it have more than {_MOST_REPEATED} letters once repeats are written out"
+        raise _refusal(budget, key, pattern, why)
+
+
 def _ready(budget: _Budget, key: str, pattern: str) -> tuple[bool, Any]:
     """Return what `_compiled` does, from this reading's patterns where it is there."""
     if found := budget.compiled.get(pattern):
         return found
     if len(budget.compiled) >= _MOST_PATTERNS:
         raise _refusal(budget, key, pattern, f"is one of more than {_MOST_PATTERNS}")
+    _afford(budget, key, pattern)
     with _compiling(budget, key, pattern):
         try:
             made = budget.compiled[pattern] = _compiled(pattern)
@@ -212,13 +240,27 @@ def _run(method: Literal["match", "fullmatch"], key: str, pattern: str, text: st
     except TimeoutError:
         budget.left_s, found = 0.0, None
     if not budget.spend(time.thread_time() - started, _GRANT_S):
-        raise _refusal(
-            budget,
-            key,
-            pattern,
-            f"takes more than {budget.limit}, with those before it, to match modules' paths",
-        )
+        raise _refusal(budget, key, pattern, _TOO_SLOW.format(budget.limit))
     return found
+
+
+@contextlib.contextmanager
+def timed(key: str, pattern: str) -> Iterator[None]:
+    """Count the time of a ``with`` block, and in it that between matches: among millions, that is most of it.
+
+    Args:
+        key: The config's key, for messages.
+        pattern: One of the patterns.
+
+    Raises:
+        AdapterError: The reading takes too long.
+    """
+    budget, started = _budget(), time.thread_time()
+    before = budget.spent_s
+    yield
+    counted = budget.spent_s - before
+    if not budget.spend(time.thread_time() - started - counted, 0):
+        raise _refusal(budget, key, pattern, _TOO_SLOW.format(budget.limit))
 
 
 def count(key: str, pattern: str, text: str, times: int) -> None:
@@ -257,8 +299,6 @@ def _compiled(pattern: str) -> tuple[bool, Any]:
     checked = _checked(pattern)
     if _BRANCHING.isdisjoint(_ESCAPED.sub("", pattern).removeprefix("(.*)?")):
         return False, checked
-    if len(pattern) > _LONGEST:
-        raise _UnlimitedError(f"has {len(pattern)} letters, more than {_LONGEST}")
     if _VERBOSE.search(pattern):
         raise _UnlimitedError("has the flag x, which can't be matched in a limited time")
     import regex
@@ -287,11 +327,11 @@ def _for_regex(pattern: str) -> str:
         if letter == "\\":
             token = pattern[at : at + 2]
         elif letter == "[":
-            end = _set_end(pattern, at)
+            end = set_end(pattern, at)
             made.append(_set_for_regex(pattern[at:end]))
             at = end
             continue
-        elif comment := _COMMENT.match(pattern, at):
+        elif comment := COMMENT.match(pattern, at):
             token = comment[0]
         elif letter == "{":
             repeat = _REPEAT.match(pattern, at)
@@ -308,15 +348,6 @@ def _for_regex(pattern: str) -> str:
 def _character(found: re.Match[str]) -> str:
     """Return an escaped letter as it is, or the one that its name in braces stands for."""
     return re.escape(unicodedata.lookup(found[1])) if found[1] else found[0]
-
-
-def _set_end(pattern: str, start: int) -> int:
-    """Return where a set of characters ends: behind its ``]``, of which a first one is a member."""
-    at = start + 1 + (pattern[start + 1] == "^")
-    first = at
-    while pattern[at] != "]" or at == first:
-        at += 2 if pattern[at] == "\\" else 1
-    return at + 1
 
 
 def _set_for_regex(text: str) -> str:

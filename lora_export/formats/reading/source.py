@@ -31,6 +31,7 @@ from lora_export.storage.hashes import sha256_of
 from lora_export.storage.inputs import FileState, note_states, refuse_changed, same_inputs
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.links import refuse_links
+from lora_export.untrusted.places import is_folder
 from lora_export.untrusted.texts import is_utf8
 
 __all__ = [
@@ -212,7 +213,7 @@ def _open_files(path: Path, name: str | None, states: Sequence[FileState]) -> So
             "run it again when nobody writes them",
             sorted(map(str, now ^ then)),
         )
-    if path.is_dir():
+    if is_folder(path):
         refuse_links(path, found.files, AdapterError)
     opened = [_open_file(path, file) for file in found.files]
     first = opened[0]
@@ -228,7 +229,7 @@ def _open_files(path: Path, name: str | None, states: Sequence[FileState]) -> So
     return Source(
         path=path,
         file=file,
-        name=name or (path.resolve().name if path.is_dir() else own_name),
+        name=name or (path.resolve().name if is_folder(path) else own_name),
         tensors=first.tensors if len(opened) == 1 else _joined(found, opened),
         metadata=first.metadata,
         settings=first.settings,

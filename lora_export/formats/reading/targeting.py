@@ -13,8 +13,9 @@ from typing import Any
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
-from lora_export.formats.reading.patterns import fullmatch, match, within
-from lora_export.formats.reading.whole_copies import is_below, saved_names
+from lora_export.formats.reading.name_ends import has_end, names_inside, names_of
+from lora_export.formats.reading.patterns import fullmatch, match, remembered, within
+from lora_export.formats.reading.whole_copies import saved_names
 
 # The keys with these rules.
 RULES = ("target_modules", "exclude_modules", "layers_to_transform")
@@ -39,9 +40,16 @@ def is_targeted(config: Mapping[str, Any], path: str) -> bool:
     if not _matches("target_modules", targets, path):
         return False
     layers = config.get("layers_to_transform")
-    if layers is None or isinstance(targets, str) or path in targets:
+    if layers is None or isinstance(targets, str) or path in names_of(targets):
         return True
-    return _layer_of(path, config.get("layers_pattern")) in (layers if isinstance(layers, list) else [layers])
+    return _layer_of(path, config.get("layers_pattern")) in _numbers(layers)
+
+
+def _numbers(layers: Any) -> frozenset[int | None]:
+    """Return the numbers of ``layers_to_transform``."""
+    if not isinstance(layers, list):
+        return frozenset({layers} if isinstance(layers, int) else ())
+    return remembered(layers, lambda: frozenset(n for n in layers if n is None or isinstance(n, int)))
 
 
 def untouched(config: Mapping[str, Any], paths: Collection[str], known: Iterable[str]) -> list[str]:
@@ -78,8 +86,10 @@ def unsaved(config: Mapping[str, Any], held: Iterable[str], known: Iterable[str]
     if not names or config.get("ensure_weight_tying"):
         return []  # What is tied is stored once.
     inside = list(held)
-    missing = [name for name in names if not any(is_below(path, name) for path in inside)]
-    return [name for name in missing if any(is_below(path, name) for path in known)] if missing else []
+    saved = names_inside(inside, names)
+    missing = [name for name in names if name not in saved]
+    there = names_inside(known, missing)
+    return [name for name in missing if name in there]
 
 
 def refuse_unsaved(adapter: Adapter, known: Collection[str]) -> None:
@@ -131,8 +141,7 @@ def _matches(key: str, wanted: Any, path: str) -> bool:
             return fullmatch(key, wanted, path) is not None
         except re.error:
             return True
-    ends = [end for end in wanted if isinstance(end, str)] if isinstance(wanted, list) else []
-    return not ends or any(path == end or path.endswith(f".{end}") for end in ends)
+    return not isinstance(wanted, list) or not names_of(wanted) or has_end(path, wanted)
 
 
 def _layer_of(path: str, pattern: Any) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_export.adapter import Adapter, Array, TokenRows
 from lora_export.formats.reading.tensors import value_problems
+from lora_export.untrusted.shown import shown
 
 KEY = "trainable_token_indices"
 TENSOR = "token_adapter.trainable_tokens_delta"
@@ -37,12 +38,13 @@ def read_rows(
     if given and not tensors:
         problems.append(f"config {KEY}: the file has no token_adapter.trainable_tokens_delta")
     found: dict[str, TokenRows] = {}
+    shared, said = _shared(given), shown(repr(given))
     for path, (name, values) in tensors.items():
         match = _ROWS.match(path)
         assert match is not None
-        indices = _indices(given, match["path"])
+        indices = _indices(given, match["path"], shared)
         if indices is None or len(set(indices)) != len(indices):
-            problems.append(f"{name}: the config's {KEY} {given!r} doesn't state the indices of these rows")
+            problems.append(f"{name}: the config's {KEY} {said} doesn't state the indices of these rows")
         elif values.ndim != 2 or len(values) != len(indices):
             problems.append(f"{name}: shape {values.shape}, but the config lists {len(indices)} rows")
         else:
@@ -56,17 +58,24 @@ def stated_rows(adapter: Adapter) -> Any:
     rows = {name.rpartition(".")[0]: one.indices for name, one in adapter.token_rows.items()}
     given = adapter.config.get(KEY)
     is_whole = not isinstance(given, Mapping) or len(given) == len(rows)
-    if is_whole and all(_indices(given, path) == indices for path, indices in rows.items()):
+    if is_whole and all(_indices(given, path, _shared(given)) == indices for path, indices in rows.items()):
         return given
     return {path: list(indices) for path, indices in rows.items()}
 
 
-def _indices(given: Any, path: str) -> tuple[int, ...] | None:
+def _shared(given: Any) -> list[Any]:
+    """Return the value of all keys as a list, if they have the same one; else nothing.
+
+    PEFT also writes the rows of tied modules, but the config has only the embedding's list.
+    """
+    values = list(given.values()) if isinstance(given, Mapping) else []
+    return values[:1] if all(value == values[0] for value in values) else []
+
+
+def _indices(given: Any, path: str, shared: list[Any]) -> tuple[int, ...] | None:
     if isinstance(given, Mapping):
         fitting = [value for key, value in given.items() if f".{path}".endswith(f".{key}")]
-        # PEFT also writes the rows of tied modules, but the config has only the embedding's list.
-        alike = [value for value in given.values() if value == next(iter(given.values()))]
-        fitting = fitting or alike[:1] * (len(alike) == len(given))
+        fitting = fitting or shared
         given = fitting[0] if len(fitting) == 1 else None
     if not isinstance(given, list):
         return None

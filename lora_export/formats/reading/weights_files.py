@@ -16,6 +16,7 @@ from lora_export.errors import AdapterError
 from lora_export.formats.reading.ort_file import SUFFIX as ORT_SUFFIX
 from lora_export.formats.reading.pickles import SUFFIXES
 from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.places import exists, is_file, is_folder
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -69,18 +70,18 @@ def find_weights(path: Path) -> WeightsFiles:
     Raises:
         AdapterError: There is nothing, no weights file, more than one, or not all shards.
     """
-    if path.is_file():
+    if is_file(path):
         return _one_file(path)
-    if not path.exists():
+    if not exists(path):
         hint = "check the path"
         if path.parts and len(path.parts) == 2 and not path.is_absolute():
             hint = (
                 f"check the path; for a model on the Hub, first: hf download {path} --local-dir {path.name}"
             )
         raise AdapterError(f"no adapter at {path}: it does not exist", hint)
-    if not path.is_dir():
+    if not is_folder(path):
         raise AdapterError(f"{path} is neither a file nor a folder", "give a PEFT folder or a weights file")
-    names = sorted(child.name for child in path.iterdir() if child.suffix in _suffixes() and child.is_file())
+    names = sorted(child.name for child in path.iterdir() if child.suffix in _suffixes() and is_file(child))
     steps = [name for name in names if _MLX_STEP.match(name)] if MLX_NAME in names else []
     left = [name for name in names if not _TRAINING.match(name) and name not in steps]
     shards = [name for name in left if _SHARD.match(name)]
@@ -106,11 +107,11 @@ def files_of(source: str | Path) -> list[Path]:
     try:
         found = find_weights(path)
     except AdapterError:  # made in memory, or moved since
-        return [path] if path.exists() else []
+        return [path] if exists(path) else []
     folder = found.files[0].parent
     # Including a config that was not used: it still belongs to the adapter.
     beside = [folder / CONFIG_NAME, *folder.glob("*.index.json")]
-    return [*found.files, *(file for file in beside if file.is_file())]
+    return [*found.files, *(file for file in beside if is_file(file))]
 
 
 def is_peft_name(name: str) -> bool:
@@ -136,7 +137,7 @@ def _one_file(path: Path) -> WeightsFiles:
     config = _config_of(path)
     beside = path.parent / CONFIG_NAME
     notes: tuple[str, ...] = ()
-    if config is None and beside.is_file() and path.name not in (*_DIFFUSERS_NAMES, EDGE_LLM_NAME):
+    if config is None and is_file(beside) and path.name not in (*_DIFFUSERS_NAMES, EDGE_LLM_NAME):
         notes = (
             f"{beside} was not used: it belongs to {WEIGHT_NAMES[0]} in its folder, not to {path.name}; "
             f"if it belongs to {path.name}, rename that file",
@@ -147,7 +148,7 @@ def _one_file(path: Path) -> WeightsFiles:
 def _config_of(file: Path) -> Path | None:
     config = file.parent / CONFIG_NAME
     belongs = is_peft_name(file.name) or is_mlx_name(file.name)
-    return config if belongs and config.is_file() else None
+    return config if belongs and is_file(config) else None
 
 
 def _all_shards(folder: Path, names: Sequence[str]) -> WeightsFiles:
@@ -178,7 +179,7 @@ def _index_name(stem: str, suffix: str) -> str:
 
 
 def _read_index(path: Path) -> dict[str, str] | None:
-    if not path.is_file():
+    if not is_file(path):
         return None
     content = read_json(path, AdapterError, "save the adapter again", given=path.parent)
     index = content.get("weight_map") if isinstance(content, dict) else None
@@ -191,7 +192,7 @@ def _read_index(path: Path) -> dict[str, str] | None:
 
 
 def _only_candidate(path: Path, found: Sequence[str]) -> WeightsFiles:
-    if (path / CONFIG_NAME).is_file():
+    if is_file(path / CONFIG_NAME):
         others = f" (found: {_listed(found)})" if found else ""
         raise AdapterError(
             f"{path} has {CONFIG_NAME} but no {' or '.join((*WEIGHT_NAMES, MLX_NAME))}{others}",
@@ -204,7 +205,7 @@ def _only_candidate(path: Path, found: Sequence[str]) -> WeightsFiles:
             "give one of these",
             [str(path / child) for child in nested],
         )
-    if (path / "config.json").is_file():
+    if is_file(path / "config.json"):
         raise AdapterError(
             f"{path} is a model, not an adapter: it has config.json but no {CONFIG_NAME}",
             "give the adapter's folder, not its base model's",

@@ -7,6 +7,7 @@ effect is left if the branch is added before the QuantizeLinear.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,22 +45,54 @@ def ends_of(product: ir.Value, dtype: ir.DataType, *, past_bias: bool) -> list[E
         dtype: Dtype of the result.
         past_bias: The branch is not scaled afterwards, so that it may come after the bias as well.
     """
-    inner: list[_Reader] = []
-    ends: list[End] = []
-    for usage in (_Reader(*used) for used in product.uses()):
-        behind = _behind_rounding(usage, dtype)
-        if not behind and past_bias:
-            behind = _behind_bias(usage, dtype)
+    found = _ways_from(product, dtype, past_bias=past_bias)
+    has_ends, goes_on = set[int](), set[int]()
+    # From the last values on: a stranger's graph may have any number of sums behind one another.
+    for way in reversed(found.values()):
+        for _, behind, is_bias in way.steps:
             # Without a quantiser after it the bias stays last, see `write`.
-            if behind and all(end.value is behind[0] for end in ends_of(behind[0], dtype, past_bias=True)):
-                behind = []
-        if not behind:
-            inner.append(usage)
-        for value in behind:
-            ends += ends_of(value, dtype, past_bias=past_bias)
-    if inner or product.is_graph_output():
-        ends.insert(0, End(product, tuple(inner), product.is_graph_output()))
-    return ends
+            if is_bias and id(behind[0]) not in goes_on:
+                behind.clear()
+            if any(id(value) in has_ends for value in behind):
+                goes_on.add(id(way.value))
+        is_read = any(not behind for _, behind, _ in way.steps)
+        if is_read or way.value.is_graph_output() or id(way.value) in goes_on:
+            has_ends.add(id(way.value))
+    return list(_ends(found, product))
+
+
+class _Way(NamedTuple):
+    """A value; its readers, the values behind each (none: it reads the sum), and if it adds a bias."""
+
+    value: ir.Value
+    steps: list[tuple[_Reader, list[ir.Value], bool]]
+
+
+def _ways_from(product: ir.Value, dtype: ir.DataType, *, past_bias: bool) -> dict[int, _Way]:
+    """Return the ways on from a product, each value in front of those behind it."""
+    found: dict[int, _Way] = {}
+    pending = [product]
+    while pending:
+        way = _Way(pending.pop(), [])
+        found[id(way.value)] = way
+        for usage in (_Reader(*used) for used in way.value.uses()):
+            behind, is_bias = _behind_rounding(usage, dtype), False
+            if not behind and past_bias:
+                behind = _behind_bias(usage, dtype)
+                is_bias = bool(behind)
+            way.steps.append((usage, behind, is_bias))
+            pending += behind
+    return found
+
+
+def _ends(found: dict[int, _Way], product: ir.Value) -> Iterator[End]:
+    pending = [product]
+    while pending:
+        way = found[id(pending.pop())]
+        inner = tuple(usage for usage, behind, _ in way.steps if not behind)
+        if inner or way.value.is_graph_output():
+            yield End(way.value, inner, way.value.is_graph_output())
+        pending += reversed([value for _, behind, _ in way.steps for value in behind])
 
 
 def _behind_rounding(usage: _Reader, dtype: ir.DataType) -> list[ir.Value]:

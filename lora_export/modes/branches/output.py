@@ -24,6 +24,7 @@ from lora_export.storage.beside import stage_beside
 from lora_export.storage.hashes import FileHash, hash_content, hash_written
 from lora_export.storage.manifest import Manifest, adapter_entry
 from lora_export.storage.outputs import OutputSet, output_errors
+from lora_export.untrusted.places import is_file
 
 _SHOWN = 6
 
@@ -68,7 +69,7 @@ class ExposeReport:
 def base_name(base: Path) -> str:
     """Return the name of the base in a LoRA record: its file or folder name."""
     # The name of a link's target is not used: files in Hugging Face's cache are called by their hashes.
-    return base.absolute().name if base.is_file() else base.resolve().name
+    return base.absolute().name if is_file(base) else base.resolve().name
 
 
 def write_exposed(

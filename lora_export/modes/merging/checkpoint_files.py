@@ -21,6 +21,7 @@ from lora_export.modes.merging.checkpoint_layout import Layout
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.safetensors import read_file_header
 from lora_export.untrusted.links import refuse_links
+from lora_export.untrusted.places import is_folder, is_link
 from lora_export.untrusted.texts import is_utf8
 
 # Weights in other formats are left out, because the output would hold the unmerged model beside the merged
@@ -105,7 +106,7 @@ def _files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if path.is_dir() and not path.is_symlink():
+        if is_folder(path) and not is_link(path):
             yield from _files(path)
         else:
             yield path

@@ -17,6 +17,7 @@ from lora_export.errors import BackendError
 from lora_export.graph.captured import PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE, Captured
 from lora_export.parity.feeds.array_files import SUFFIXES, read_arrays
 from lora_export.parity.feeds.feed import Feed, InputPort, is_float, shared_inputs, sizes_by_role
+from lora_export.untrusted.places import is_file, is_folder
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -56,8 +57,8 @@ def read_feeds(
 
 
 def _tensors(path: Path) -> dict[str, Array]:
-    if not path.is_file():
-        text = f"{path} is a folder" if path.is_dir() else f"no file at {path}"
+    if not is_file(path):
+        text = f"{path} is a folder" if is_folder(path) else f"no file at {path}"
         raise BackendError(text, "give an .npz or .safetensors file with the inputs' values")
     if path.suffix not in SUFFIXES:
         raise BackendError(

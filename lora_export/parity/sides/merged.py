@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from lora_export.storage.hashes import identity_of_graph
 from lora_export.storage.manifest import Manifest
 from lora_export.untrusted.documents import MAX_BYTES, open_regular
 from lora_export.untrusted.links import leads_out
+from lora_export.untrusted.places import is_there
 
 _SUFFIX = ".lora.json"
 
@@ -138,7 +138,7 @@ def _span(scalings: Mapping[str, float]) -> str:
 
 def _manifest(graph: Path, notes: list[str]) -> Manifest | None:
     beside = graph.with_suffix(_SUFFIX)
-    if not os.path.lexists(beside):
+    if not is_there(beside):
         return None
     if problem := leads_out(beside, graph):
         notes.append(_ignored(graph, f"it {problem}"))

@@ -24,6 +24,7 @@ from lora_export.parity.sides.candidate import Candidate, describe, open_candida
 from lora_export.runtimes.ort.device import Provider
 from lora_export.runtimes.torch.reference import TorchReference
 from lora_export.storage.hashes import hash_file, identity_of
+from lora_export.untrusted.places import exists, is_file, is_folder
 
 
 class Reference(Protocol):
@@ -140,7 +141,7 @@ def open_reference(
             f"--base is for a reference that is a graph, not for {path.name}",
             "omit it: a checkpoint folder is the base, and saved outputs without an adapter are base/logits",
         )
-    if path.is_dir():
+    if is_folder(path):
         return CheckpointReference(TorchReference(path, dtype, adapters), path, dtype)
     if path.suffix in SUFFIXES:
         return SavedReference(path, _read_saved(path, blend))
@@ -153,7 +154,7 @@ def open_reference(
 
 def _no_reference(path: Path) -> BackendError:
     """Return the error for a path that can't be a reference, naming what it is."""
-    if not path.exists():
+    if not exists(path):
         return BackendError(f"there is nothing at {path}", no_folder(path).hint)
     kinds = {
         ".engine": ": an engine can only be the candidate",
@@ -166,7 +167,7 @@ def _no_reference(path: Path) -> BackendError:
 
 
 def _read_saved(path: Path, blend: State) -> dict[State, dict[str, Array]]:
-    if not path.is_file():
+    if not is_file(path):
         raise BackendError(f"no file at {path}", "check the path")
     found: dict[State, dict[str, Array]] = {}
     for name, values in read_tensors(path).items():

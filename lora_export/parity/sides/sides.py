@@ -27,6 +27,7 @@ from lora_export.parity.sides.reference import (
 )
 from lora_export.runtimes.ort.device import Provider
 from lora_export.runtimes.torch.reference import TorchReference
+from lora_export.untrusted.places import is_file
 
 PathLike = str | os.PathLike[str]
 _DTYPES = tuple(STEP)
@@ -181,7 +182,7 @@ def open_sides(
 
 
 def _refuse_itself(candidate: Path, reference: Path) -> None:
-    if reference.is_file() and reference.samefile(candidate):
+    if is_file(reference) and reference.samefile(candidate):
         raise BackendError(
             f"{candidate.name} would be compared with itself",
             "give what it was exported from: a checkpoint folder, another graph, or saved outputs",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.errors import CheckpointError
+from lora_export.untrusted.places import is_file, is_folder
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ def base_size(path: Path) -> BaseSize:
         CheckpointError: The path doesn't exist, or its folder is damaged or has no weights.
         GraphError: The ONNX file is damaged or lacks its external data.
     """
-    if path.is_file() and path.suffix == ".onnx":
+    if is_file(path) and path.suffix == ".onnx":
         return _onnx_size(path)
-    if not path.is_dir():
+    if not is_folder(path):
         raise CheckpointError(
             f"there is no base model at {path}", "give a Hugging Face folder or an .onnx file"
         )

@@ -13,6 +13,7 @@ from lora_export.formats.reading.weights_files import files_of
 from lora_export.graph.onnx_file import load_graph
 from lora_export.reports.files import ReportFile, ending_problem
 from lora_export.storage.outputs import places_of, replaced_inputs
+from lora_export.untrusted.places import exists, is_file, is_folder, is_link
 
 # Endings of files beside a graph or an engine that share its stem.
 _BESIDE = {".onnx": (".lora.json",), ".engine": (".lora.json", ".json", ".log")}
@@ -46,7 +47,7 @@ class Inputs:
         models = [path for path in (self.candidate, self.reference, self.base) if path is not None]
         found = [path for path in (self.feeds, self.baseline) if path is not None]
         for path in models:
-            found += folder_files(path) if path.is_dir() else [path, *sorted(_data_of(path))]
+            found += folder_files(path) if is_folder(path) else [path, *sorted(_data_of(path))]
         return [*found, *(file for adapter in self.adapters for file in files_of(adapter))]
 
 
@@ -82,14 +83,14 @@ def check_outputs(outputs: Sequence[ReportFile], force: bool, inputs: Inputs) ->
 
 def _refused(path: Path, inputs: Inputs) -> str:
     """Return the reason why a report can't have this path; "" if it can."""
-    if path.is_dir():
+    if is_folder(path):
         return " is a folder"
-    if any(parent.is_file() for parent in path.parents):
+    if any(is_file(parent) for parent in path.parents):
         return " lies below a file, not in a folder"
     if what := next(_read_as(path, inputs), ""):
         # Not even with --force.
         return f" is {what}"
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    folder = next(parent for parent in path.absolute().parents if exists(parent))
     if not os.access(folder, os.W_OK | os.X_OK):
         return f" can't be written: you may not write to {folder}"
     return ""
@@ -110,7 +111,7 @@ def _read_as(path: Path, inputs: Inputs) -> Iterator[str]:
     for name, file in given:
         if places & places_of(file):
             yield f"{name} itself"
-        elif file.is_dir():
+        elif is_folder(file):
             # A new file there replaces nothing. In deeper folders a model reads only configs and weights, so
             # a report may be there.
             inside = [place for place in places if file.resolve() in place.parents]
@@ -149,4 +150,4 @@ def _data_of(graph: Path) -> set[Path]:
 
 
 def _there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
+    return exists(path) or is_link(path)

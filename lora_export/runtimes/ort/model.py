@@ -23,6 +23,7 @@ from lora_export.runtimes.ort.mapped import MappedFiles
 from lora_export.runtimes.ort.open import open_session
 from lora_export.runtimes.ort.resident import Resident
 from lora_export.storage.inputs import same_inputs
+from lora_export.untrusted.places import is_file
 from lora_export.untrusted.shown import limited
 
 # Largest number of inputs with wrong sizes that are listed: mostly all inputs of a graph have them.
@@ -75,7 +76,7 @@ class OrtModel:
         session_options: Any = None,
         device_id: int = 0,
     ) -> None:
-        if not path.is_file():
+        if not is_file(path):
             raise GraphError(f"no ONNX file at {path}", "check the path")
         self.path = path
         self.memory = DeviceMemory(provider, device_id)

@@ -12,6 +12,7 @@ from lora_export.errors import BackendError
 from lora_export.runtimes.session_options import PathLike
 from lora_export.runtimes.tensorrt.engine import LoadedEngine
 from lora_export.storage.outputs import OutputSet, output_errors
+from lora_export.untrusted.places import is_file
 
 
 class RuntimeCache:
@@ -42,7 +43,7 @@ class RuntimeCache:
         if self._file is None:
             return
         self._cache = config.create_runtime_cache()
-        if self._file.is_file():
+        if is_file(self._file):
             # It returns False for another GPU, driver or version; then all is compiled again and the file
             # replaced.
             self._cache.deserialize(self._file.read_bytes())

@@ -38,6 +38,7 @@ from lora_export.storage.commit.steps import MARK, RETIRED, Mark, Staged, discar
 from lora_export.storage.commit.told import tell
 from lora_export.untrusted.documents import MAX_BYTES, parse_json
 from lora_export.untrusted.fields import from_plain
+from lora_export.untrusted.places import is_there
 
 # Groups of an identity within a name.
 IDENTITY = r"(?P<identity>(?P<kernel>[0-9a-f]{6})-[0-9]{1,10}-[0-9a-f]{12})"
@@ -163,7 +164,7 @@ class Lease:
     def owner(self) -> Owner:
         """Return the state of the lease's holder; if that has ended, this process holds the lease now."""
         for path in self._places:
-            if not os.path.lexists(path):
+            if not is_there(path):
                 continue
             try:
                 grip = take(path)
@@ -191,7 +192,7 @@ class Lease:
         if remove:
             self.remove(calm)
         else:
-            for path in filter(os.path.lexists, self._places):
+            for path in filter(is_there, self._places):
                 tell(f"{path} stays: with it, the next command that writes into its folder tidies up")
         self.let_go()
         self.held_here.discard(self.identity)
@@ -211,7 +212,7 @@ class Lease:
     @property
     def exists(self) -> bool:
         """True if the lease's file exists under one of its names."""
-        return any(map(os.path.lexists, self._places))
+        return any(map(is_there, self._places))
 
     @property
     def _places(self) -> tuple[Path, Path]:
@@ -231,7 +232,7 @@ class Lease:
             {
                 "target": os.path.join(self._relative(entry.target.parent), entry.target.name),  # noqa: PTH118
                 "new": fingerprint(entry.path),
-                "replaces": os.path.lexists(entry.target),
+                "replaces": is_there(entry.target),
             }
             for entry in staged
         ]

@@ -36,6 +36,7 @@ from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.steps import MARK, RETIRED, discard, itself
 from lora_export.storage.commit.told import has_begun, has_ended, tell
 from lora_export.storage.inputs import forget_inputs
+from lora_export.untrusted.places import is_folder, is_link, is_there
 
 _STAGED = re.compile(rf".+\.tmp-{IDENTITY}(?:{re.escape(RETIRED)})?", re.DOTALL)
 _SCRATCH = re.compile(rf"\.?lora-export-{IDENTITY}(?:{re.escape(LEASE)}|{re.escape(MARK)})?")
@@ -122,7 +123,7 @@ def tidy(folder: Path, held: Sequence[Path] = ()) -> bool:
     """
     found = _found(folder)
     outcome = _Outcome(unknown=found.elsewhere)
-    if (found.here or os.path.lexists(folder / NAME)) and os.access(folder, os.W_OK | os.X_OK):
+    if (found.here or is_there(folder / NAME)) and os.access(folder, os.W_OK | os.X_OK):
         try:
             with locked([folder], _PATIENCE_S, held), Uninterrupted() as calm:
                 for identity in _found(folder).here:  # another process may have been here first
@@ -233,7 +234,7 @@ class _Settling:
         others = [lease for folder in record.folders if (lease := self._other(folder, leases, stack))]
         folders = [first.folder, *(lease.folder for lease in others)]
         with locked(folders, _PATIENCE_S, self.held):
-            is_marked = os.path.lexists(first.mark.destination)
+            is_marked = is_there(first.mark.destination)
             entries = [entry for entry in record.entries or () if _lies_in(entry.staged.target, folders)]
             # Rule 3 of `lease`: where no lease agrees, nothing is touched.
             rest = [entry for entry in record.entries or () if entry not in entries]
@@ -268,7 +269,7 @@ class _Settling:
         return [path for path in _found(folder).here.get(self.identity, ()) if not _is_lease(path)]
 
     def _give_up(self, path: Path) -> bool:
-        if not os.path.lexists(path):  # it already has its own name
+        if not is_there(path):  # it already has its own name
             return True
         size = _size(path)
         if is_gone := discard(path, self.calm):
@@ -330,8 +331,8 @@ def _kept(unknown: Sequence[Path]) -> str:
 
 def _size(path: Path) -> int:
     with contextlib.suppress(OSError):
-        if path.is_dir() and not path.is_symlink():
-            return sum(child.lstat().st_size for child in path.rglob("*") if not child.is_dir())
+        if is_folder(path) and not is_link(path):
+            return sum(child.lstat().st_size for child in path.rglob("*") if not is_folder(child))
         return path.lstat().st_size
     return 0
 

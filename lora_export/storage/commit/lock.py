@@ -20,6 +20,7 @@ from lora_export.errors import OutputError
 from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.steps import LOCK, discard
 from lora_export.storage.commit.told import has_begun, has_ended
+from lora_export.untrusted.places import is_link
 
 NAME = LOCK
 PAUSE_S = 0.01
@@ -140,7 +141,7 @@ def _open(path: Path, create: bool, mode: int) -> int:
     try:
         handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0) | flags, mode)
     except OSError:
-        if path.is_symlink():
+        if is_link(path):
             raise _not_a_file(path) from None
         try:  # another user's file can be locked, too
             handle = os.open(path, os.O_RDONLY | flags)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from lora_export.storage.commit.lease import Entry
 from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.steps import Move, discard, reason_of
 from lora_export.storage.commit.told import tell
+from lora_export.untrusted.places import is_there
 
 _SHOWN = 3
 
@@ -50,21 +50,21 @@ def settle(entries: Sequence[Entry], is_marked: bool, calm: Uninterrupted) -> bo
 
 def is_settled(entry: Entry, is_marked: bool) -> bool:
     """Return whether nothing is to be done about an entry, whichever way its set goes."""
-    if any(map(os.path.lexists, (entry.staged.path, entry.staged.retired))):
+    if any(map(is_there, (entry.staged.path, entry.staged.retired))):
         return False
     is_new = entry.is_new(entry.staged.target)
     return is_new if is_marked else not is_new and _can_go_back(entry, is_marked)
 
 
 def _can_go_forward(entry: Entry) -> bool:
-    if os.path.lexists(entry.staged.target):
+    if is_there(entry.staged.target):
         return entry.is_new(entry.staged.target)
     return entry.is_new(entry.staged.path)
 
 
 def _can_go_back(entry: Entry, is_marked: bool) -> bool:
-    has_old = os.path.lexists(entry.staged.retired)
-    if os.path.lexists(entry.staged.target) and not entry.is_new(entry.staged.target):
+    has_old = is_there(entry.staged.retired)
+    if is_there(entry.staged.target) and not entry.is_new(entry.staged.target):
         # It is the old one, not renamed yet; after the mark, somebody else has made it.
         return not (has_old or is_marked)
     return has_old or not entry.replaces
@@ -73,9 +73,7 @@ def _can_go_back(entry: Entry, is_marked: bool) -> bool:
 def _forward(entries: Sequence[Entry]) -> list[tuple[Path, Path]]:
     """Return the renamings; as in `steps`, the file that points to the others comes last."""
     return [
-        (entry.staged.path, entry.staged.target)
-        for entry in entries
-        if not os.path.lexists(entry.staged.target)
+        (entry.staged.path, entry.staged.target) for entry in entries if not is_there(entry.staged.target)
     ]
 
 
@@ -85,20 +83,16 @@ def _back(entries: Sequence[Entry]) -> list[tuple[Path, Path]]:
         for entry in reversed(entries)
         if entry.is_new(entry.staged.target)
     ]
-    old = [
-        (entry.staged.retired, entry.staged.target)
-        for entry in entries
-        if os.path.lexists(entry.staged.retired)
-    ]
+    old = [(entry.staged.retired, entry.staged.target) for entry in entries if is_there(entry.staged.retired)]
     return new + old
 
 
 def _tell_conflict(entries: Sequence[Entry]) -> None:
     left = [path for entry in entries for path in (entry.staged.path, entry.staged.retired)]
-    taken = [entry.staged.target for entry in entries if os.path.lexists(entry.staged.target)]
+    taken = [entry.staged.target for entry in entries if is_there(entry.staged.target)]
     now = f"{names(taken)} exists now" if taken else "neither the old nor the new set is complete"
     tell(
-        f"an ended run has left {names([path for path in left if os.path.lexists(path)])} in "
+        f"an ended run has left {names([path for path in left if is_there(path)])} in "
         f"{entries[0].staged.target.parent}; {now}, so nothing was touched: keep one set and remove the "
         "other"
     )

@@ -27,6 +27,7 @@ from typing import Protocol
 from lora_export.errors import OutputError
 from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.told import has_written, tell
+from lora_export.untrusted.places import is_folder, is_link, is_there
 
 RETIRED, MARK = ".old", ".commit"
 # The file that is locked in each folder (`lock`).
@@ -91,19 +92,19 @@ class Move:
 
     def is_done(self) -> bool:
         """Return whether the file has the new name."""
-        return self._has(self.destination) and not os.path.lexists(self.source)
+        return self._has(self.destination) and not is_there(self.source)
 
     def undo(self) -> None:
         """Rename the file back."""
         self._rename(self.destination, self.source)
 
     def _rename(self, source: Path, destination: Path) -> None:
-        if os.path.lexists(source) or not self._has(destination):  # else it is the second try
+        if is_there(source) or not self._has(destination):  # else it is the second try
             _move(source, destination)
 
     def _has(self, path: Path) -> bool:
         """Return whether a name is the file's: another file may lie where a folder's path leads by now."""
-        return os.path.lexists(path) and (self.file is None or fingerprint(path) == self.file)
+        return is_there(path) and (self.file is None or fingerprint(path) == self.file)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def places_below(folder: Path) -> set[str]:
     """Return the places of all files in a folder, and of links to folders; none if it is not a folder."""
     found = set()
     for place, folders, files in os.walk(folder):
-        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        links = [name for name in folders if is_link(Path(place) / name)]
         found |= {(Path(place) / name).relative_to(folder).as_posix() for name in (*files, *links)}
     return found
 
@@ -157,9 +158,9 @@ class Mark(Move):
 
 
 def _move(source: Path, destination: Path) -> None:
-    if not os.path.lexists(source):
+    if not is_there(source):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
-    if os.path.lexists(destination):
+    if is_there(destination):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination))
     source.rename(destination)
 
@@ -200,7 +201,7 @@ def give_names(
     """
     entry = staged[-1].target
     with Uninterrupted() as calm:
-        if len(staged) == 1 and not entry.is_dir():
+        if len(staged) == 1 and not is_folder(entry):
             _replace(staged[0], calm)
         else:
             try:
@@ -233,7 +234,7 @@ def _replace(single: Staged, calm: Uninterrupted) -> None:
             single.path.replace(single.target)
         except OSError:
             # It may be done nevertheless: a network file system lost the answer, or this is the second try.
-            if os.path.lexists(single.path) or not os.path.samestat(single.target.lstat(), new):
+            if is_there(single.path) or not os.path.samestat(single.target.lstat(), new):
                 raise
 
     try:
@@ -245,7 +246,7 @@ def _replace(single: Staged, calm: Uninterrupted) -> None:
 def _in_steps(
     staged: Sequence[Staged], mark: Mark, known: Mapping[Path, frozenset[str]], calm: Uninterrupted
 ) -> None:
-    replaced = [entry for entry in staged if os.path.lexists(entry.target)]
+    replaced = [entry for entry in staged if is_there(entry.target)]
     try:
         steps: list[Step] = [Move.of(entry.target, entry.retired) for entry in reversed(replaced)]
         looks = [entry for entry in replaced if entry.target in known]
@@ -282,16 +283,16 @@ def _failed(target: Path, error: OSError) -> OutputError:
 
 def _stuck(staged: Sequence[Staged], mark: Mark, first: BaseException, second: OSError) -> StuckError:
     """Return the error that lists which file has which name."""
-    if os.path.lexists(mark.destination):
+    if is_there(mark.destination):
         problems = [f"{mark.destination} records that the new files are complete"]
     else:
         problems = [f"{mark.source} records the old files"]
     for entry in staged:
-        if os.path.lexists(entry.retired):
+        if is_there(entry.retired):
             problems.append(f"{entry.target}: the old one is {entry.retired.name}")
-        if os.path.lexists(entry.path):
+        if is_there(entry.path):
             problems.append(f"{entry.target}: the new one is {entry.path.name}")
-        elif os.path.lexists(entry.target):
+        elif is_there(entry.target):
             problems.append(f"{entry.target} is the new one")
     reason = reason_of(first) if isinstance(first, OSError) else type(first).__name__
     return StuckError(
@@ -332,10 +333,10 @@ def discard(path: Path, calm: Uninterrupted) -> bool:
 
 
 def _remove(path: Path) -> None:
-    if not os.path.lexists(path):
+    if not is_there(path):
         return
     with contextlib.suppress(FileNotFoundError):
-        if path.is_dir() and not path.is_symlink():
+        if is_folder(path) and not is_link(path):
             shutil.rmtree(path)
         else:
             path.unlink()

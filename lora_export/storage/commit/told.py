@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from lora_export.untrusted.places import is_there
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Run:
 
     def written(self) -> list[Path]:
         """Return the outputs that were given their names and still exist."""
-        return [path for path in dict.fromkeys(self._committed) if os.path.lexists(path)]
+        return [path for path in dict.fromkeys(self._committed) if is_there(path)]
 
     def put_away(self) -> None:
         """Close what is still open: an interrupt may come before the first line of what closes it."""

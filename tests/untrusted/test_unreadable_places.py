@@ -1,0 +1,115 @@
+"""That nobody can say what is at a place is an error that names it: nothing is taken for absent."""
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+from exposed_models import group
+
+from lora_export.cli import _run
+from lora_export.storage.hashes import hash_folder
+from lora_export.untrusted import places
+from lora_export.untrusted.places import exists, files_below, is_file, is_folder, is_link, is_there
+
+PACKAGE = Path(places.__file__).parents[1]
+LOOKS = (exists, is_there, is_file, is_folder, is_link)
+# Run on the device by themselves.
+_ALONE = ("kit/begin.py", "kit/finish.py")
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Let looking at a place fail, each time or only the first, as a network's file system does."""
+
+    def fail(path, code, times=10**6):
+        left = [times]
+        for name in ("stat", "lstat"):
+            own = getattr(os, name)
+
+            def look(given, *args, _own=own, **more):
+                if not isinstance(given, int) and os.fspath(given) == os.fspath(path) and left[0] > 0:
+                    left[0] -= 1
+                    raise OSError(code, os.strerror(code), os.fspath(given))
+                return _own(given, *args, **more)
+
+            monkeypatch.setattr(os, name, look)
+
+    return fail
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_an_error_is_no_absence(look, code, failing, tmp_path):
+    failing(tmp_path / "a", code)
+    with pytest.raises(OSError, match="/a'") as caught:
+        look(tmp_path / "a")
+    assert caught.value.errno == code
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_what_is_absent_and_what_is_there(look, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "broken").symlink_to("nothing")
+    (tmp_path / "loop").symlink_to("loop")
+    names = ("file", "folder", "link", "broken", "loop", "none", "file/below", "x" * 300, "a\0b")
+    theirs = {
+        exists: os.path.exists,
+        is_there: os.path.lexists,
+        is_file: os.path.isfile,
+        is_folder: os.path.isdir,
+        is_link: os.path.islink,
+    }
+    for name in names:
+        assert look(tmp_path / name) == theirs[look](tmp_path / name), name
+
+
+def test_no_other_way_of_looking():
+    """`pathlib`'s and `os.path`'s ways say "absent" where an error is."""
+    way = re.compile(
+        r"\.(exists|is_file|is_dir|is_symlink)\(\)|os\.path\.(exists|isfile|isdir|islink|lexists)"
+    )
+    files = [path for path in PACKAGE.rglob("*.py") if not path.as_posix().endswith(_ALONE)]
+    assert not [f"{path}: {found[0]}" for path in files for found in way.finditer(path.read_text())]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(monkeypatch, tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "f").write_text("x")
+    assert files_below(tmp_path) == [tmp_path / "a" / "b" / "f"]
+    own = os.scandir
+
+    def scan(path="."):
+        if os.fspath(path).endswith("b"):
+            raise PermissionError(errno.EACCES, "no", os.fspath(path))
+        return own(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", scan)
+        with pytest.raises(PermissionError, match="/a/b"):
+            hash_folder(tmp_path)
+
+
+@group("llama")
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE])
+@pytest.mark.parametrize(
+    "place", ["adapter/adapter_config.json", "base/config.json", "base/lora.json", "adapter", "out"]
+)
+def test_verbs_name_the_place(place, code, failing, tmp_path, capsys):
+    """A config that is there would be none, and an earlier merge's history empty."""
+    adapter = shutil.copytree(tiny.adapter("llama"), tmp_path / "adapter")
+    shutil.copytree(tiny.checkpoint("llama"), tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    failing(tmp_path / place, code)
+    words = ["merge", "--base", tmp_path / "base", "--adapter", adapter, "-o", tmp_path / "out", "--force"]
+    assert _run(list(map(str, words)), False) == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / place) in error
+    assert os.strerror(code) in error
+    assert "does not exist" not in error
+    assert not list((tmp_path / "out").iterdir())
