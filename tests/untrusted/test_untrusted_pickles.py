@@ -174,7 +174,7 @@ TANGLED: dict[str, tuple[Callable[[], Any], str]] = {
     "a setting": (lambda: GOOD | {"use_dora": shared_lists(LEVELS)}, "use_dora: an array of 2"),
     "switches": (lambda: GOOD | {"enable_lora": shared_lists(LEVELS)}, "enable_lora: an array of 2"),
     "an argument": (lambda: {"a": _Reduced(bytearray, shared_tuples(LEVELS))}, "1048576 values"),
-    "a shorter argument": (lambda: {"a": _Reduced(bytearray, shared_tuples(18))}, "bytearray of [an array"),
+    "a shorter argument": (lambda: {"a": _Reduced(bytearray, shared_tuples(18))}, "bytes of an array of 2"),
     "a key": (lambda: {shared_tuples(12): 1}, "more than 64 values"),
     "a key of an ordered dict": (lambda: OrderedDict({shared_tuples(12): 1}), "more than 64 values"),
     "a member": (lambda: GOOD | {"a": {shared_tuples(12)}}, "more than 64 values"),

@@ -89,7 +89,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         with open_regular(path) as file:
             if problems := claim_problems(file):
                 raise AdapterError(
-                    f"{path} claims more than it holds, or was not written by torch.save",
+                    f"{path} claims more than it holds, or holds what no adapter does",
                     "save the state dict alone, best as .safetensors",
                     problems,
                 )
@@ -159,7 +159,7 @@ class _Collector:
             # A tensor of one element under such a key is the number; a key like "lora_unet….alpha" differs.
             one: Any = value
             is_number = isinstance(value, tensor_type) and one.numel() == 1 and not of_model
-            number = one.item() if is_number else value
+            number = _number(one) if is_number else value
             if str(key) in spellings and isinstance(number, (bool, int, float, list, tuple)):
                 _set(into, spellings[str(key)], number, name)
             elif isinstance(value, tensor_type):
@@ -212,6 +212,14 @@ class _Collector:
                 self._collect_settings(value, name, of_lora or key in _LORA_CONFIGS)
             else:
                 _mention(into, str(key), value, name)
+
+
+def _number(tensor: Any) -> Any:
+    """Return the value of a tensor of one element, or the tensor where it has none."""
+    try:
+        return tensor.item()
+    except (RuntimeError, TypeError, NotImplementedError):
+        return tensor
 
 
 def _path(where: str, key: Any) -> str:
