@@ -221,6 +221,9 @@ class _Reader:
         """Return the known entries of a mapping, and record a problem for each unknown or repeated one."""
         found: dict[str, yaml.Node] = {}
         for key_node, value in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._complain(key_node, f"{where}: a {kind} is a word, not {_shown(key_node)}")
+                continue
             key = str(key_node.value)
             if key not in known:
                 guess = _guess(key.replace("_", "-"), known)
@@ -318,7 +321,7 @@ def _value(node: yaml.Node) -> Any:
 
 def _shown(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
-        return repr(node.value)
+        return repr(_cut(node.value))
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 

@@ -114,6 +114,15 @@ def archive_problems(size: int, entries: Sequence[zipfile.ZipInfo]) -> list[str]
             f"its {len(entries)} entries unpack to {unpacked} bytes, but the file has {size}; "
             f"at most {too_much(size)} are unpacked"
         )
+    # numpy and torch write neither bzip2 nor LZMA, which `zipfile` unpacks without a limit.
+    odd = [
+        entry for entry in entries if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    ]
+    if odd:
+        problems.append(
+            f"its entry '{shown(odd[0].filename, _NAME)}' is packed by method {odd[0].compress_type}, wanted "
+            "stored (0) or deflated (8)"
+        )
     if len({entry.filename for entry in entries}) < len(entries):
         problems.append("it has several entries of one name")
     return problems

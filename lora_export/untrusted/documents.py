@@ -269,10 +269,11 @@ def _refuse_deep(value: Any) -> None:
 
 
 def _refuse_many(root: yaml.Node | None) -> None:
-    """Keep rules 1 to 3: aliases of aliases can mean more nodes than any memory holds."""
+    """Keep rules 1 to 3: aliases can mean more nodes and letters than any memory holds."""
     import yaml
 
     level, depth, count, whole = [root] if root is not None else [], 0, 0, set[int]()
+    letters = 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
@@ -283,10 +284,14 @@ def _refuse_many(root: yaml.Node | None) -> None:
                 inner += [one for pair in node.value for one in pair]
             elif isinstance(node, yaml.SequenceNode):
                 inner += node.value
-            elif id(node) not in whole:
+            else:
+                letters += len(node.value)
                 # Once, as aliases may mean one long text many times.
-                whole.add(id(node))
-                _refuse_half(node)
+                if id(node) not in whole:
+                    whole.add(id(node))
+                    _refuse_half(node)
+            if letters > MAX_YAML_BYTES:
+                raise DocumentError([f"with its aliases it has more than {MAX_YAML_BYTES} letters"])
             if count + len(inner) > MAX_YAML_NODES:
                 raise DocumentError([f"with its aliases it has more than {MAX_YAML_NODES} values"])
         count, level = count + len(inner), inner

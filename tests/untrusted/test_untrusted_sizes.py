@@ -353,7 +353,7 @@ def test_an_npz_that_unpacks_to_much_more_is_refused(members: int, tmp_path: Pat
     zeros = np.zeros(64_000_000 // members, np.int64)
     np.savez_compressed(path, **{f"x{i}": zeros for i in range(members)})
     for read in (read_arrays, read_tensors):
-        with pytest.raises(BackendError, match="claims more than it holds"):
+        with pytest.raises(BackendError, match="is not unpacked"):
             read(path)
     np.savez_compressed(path, x=np.zeros((4, 512), np.int64))
     assert read_tensors(path)["x"].shape == (4, 512)

@@ -24,6 +24,7 @@ _AGAIN = "save it again with numpy.savez(file, **arrays) or safetensors"
 _ENDING = ".npy"
 # Damaged arrays that are named; the rest of such a file is not read.
 _MOST_PROBLEMS = 20
+_PART_BYTES = 1 << 20
 # Version 3 is only for arrays of records, whose fields have names.
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -52,14 +53,17 @@ def read_arrays(path: Path) -> dict[str, Array]:
             entries = archive.infolist()
             if found := archive_problems(path.stat().st_size, entries):
                 hint = "save it with numpy.savez(file, **arrays), not compressed, or as .safetensors"
-                raise BackendError(f"{path} claims more than it holds", hint, found)
+                raise BackendError(f"{path} is not unpacked", hint, found)
             for entry in entries:
                 name = entry.filename.removesuffix(_ENDING)
                 try:
                     if name in arrays:
                         raise ValueError("it is there twice, with .npy in its name and without")
+                    size = entry.file_size
+                    # With one byte more, a stream that is longer than stated is not cut off, but found.
+                    entry.file_size += 1
                     with archive.open(entry) as member:
-                        arrays[name] = _array(member, entry.file_size)
+                        arrays[name] = _array(member, size)
                 except Exception as error:  # a damaged member: zipfile, zlib and numpy raise many kinds
                     problems.append(f"{name}: {type(error).__name__}: {error}")
                     if len(problems) == _MOST_PROBLEMS:
@@ -85,10 +89,28 @@ def _array(member: IO[bytes], size: int) -> Array:
         raise ValueError(f"holds {dtype}, wanted numbers")
     if needed != held or min(shape, default=0) < 0:
         raise ValueError(f"its shape {list(shape)} of {dtype} needs {needed} bytes, it holds {held}")
-    values: np.ndarray[Any, Any] = np.frombuffer(bytearray(member.read()), dtype)
-    values = values.reshape(shape, order="F" if transposed else "C")
+    values: np.ndarray[Any, Any] = np.frombuffer(_content(member, held), dtype)
     # Equal numbers in another byte order are another dtype to numpy.
-    return values.astype(dtype.newbyteorder("="), copy=False)
+    if not dtype.isnative:
+        values = values.byteswap(inplace=True).view(dtype.newbyteorder("="))
+    return values.reshape(shape, order="F" if transposed else "C")
+
+
+def _content(member: IO[bytes], size: int) -> bytearray:
+    """Return the last bytes of an archive's member.
+
+    Part by part: without a size, `zipfile` unpacks all that the stream holds.
+    """
+    content = bytearray(size)
+    at = 0
+    while part := member.read(min(_PART_BYTES, size - at + 1)):
+        if at + len(part) > size:
+            raise ValueError(f"it unpacks to more than the {size} bytes that the archive states")
+        content[at : at + len(part)] = part
+        at += len(part)
+    if at < size:
+        raise ValueError(f"it unpacks to {at} bytes, the archive states {size}")
+    return content
 
 
 def _trouble(path: Path, error: Exception) -> str:
