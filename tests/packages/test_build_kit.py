@@ -622,3 +622,60 @@ def test_the_folder_of_an_earlier_kit_is_told_of(tmp_path):
         tidy(tmp_path)
     assert ".lora-export-kit.aB3xyZ" in said[0]
     assert (tmp_path / ".lora-export-kit.aB3xyZ").exists()
+
+
+# Sends a signal to the whole group, as a terminal does, after one of finish.py's calls that change names.
+AT_A_CALL = """
+import os, pathlib, signal, sys, time
+if any("finish.py" in word for word in sys.orig_argv):
+    left = [int(os.environ["AT"])]
+    def wrapped(place, name):
+        own = getattr(place, name)
+        def call(*arguments, **options):
+            made = own(*arguments, **options)
+            left[0] -= 1
+            if not left[0]:
+                os.killpg(0, int(os.environ["NUMBER"]))
+                time.sleep(0.1)
+            return made
+        setattr(place, name, call)
+    for name in ("rename", "replace", "unlink"):
+        wrapped(pathlib.Path, name)
+    wrapped(os, "link")
+    wrapped(os, "fsync")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("has_old", [True, False])
+def test_a_signal_while_files_get_their_names_leaves_the_old_or_the_new_ones(
+    has_old, number, small_kit, tmp_path
+):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(AT_A_CALL)
+    begun = fake_tool(tmp_path / "bin")
+    env = begun | {"PYTHONPATH": str(tmp_path / "site"), "NUMBER": str(int(number))}
+    ends = set()
+    for at in range(1, 40):
+        out = tmp_path / f"out{at}"
+        if has_old:
+            assert shell(small_kit, fake_tool(tmp_path / "old", version=VERSION + ".9"), out).returncode == 0
+        before = faults.snapshot(out) if has_old else {}
+        done = subprocess.run(
+            ["sh", str(small_kit / "build.sh"), str(out)],
+            capture_output=True, text=True, check=False, env=env | {"AT": str(at)}, start_new_session=True,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr
+        after = {name: data for name, data in faults.snapshot(out).items() if not name.endswith(".lock")}
+        if done.returncode == 0:  # there are no further calls
+            break
+        assert done.returncode == (130 if number == signal.SIGINT else 143)
+        assert not any(".lora-export-" in name for name in after)
+        ends.add(after == before)
+        if after == before:
+            assert "nothing was replaced" in done.stderr
+        else:
+            assert "is complete and in place" in done.stderr
+            assert read_engine(out / "m.orin-nano-8gb.engine").builder_version == "10.13.3"
+            assert sorted(Path(name).suffix for name in after) == [".engine", ".json", ".log"]
+    assert ends == {True, False}

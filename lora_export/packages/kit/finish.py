@@ -15,8 +15,12 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 from pathlib import Path
+
+# What ends a run from outside, if it may.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def version_in(log: str) -> str:
@@ -72,11 +76,17 @@ def give_names(files: dict[Path, Path]) -> None:
                 current = False
             if not current:
                 continue
+            # From here on all files get their names, or after an error none: signals wait until then.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
                 replace_all(files)
             finally:
                 with contextlib.suppress(OSError):
                     lock.unlink()
+                came = [number for number in SIGNALS if signal.sigtimedwait([number], 0)]
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if came:
+                print(f"interrupted after the build: {record} is complete and in place", file=sys.stderr)
             return
 
 
@@ -155,7 +165,14 @@ def main(template: str, built: str, log: str, engine: str) -> None:
 
 
 if __name__ == "__main__":
+    for number in SIGNALS:
+        # nohup ignores SIGHUP and a shell's background SIGINT, and so it stays.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         main(*sys.argv[1:])
     except OSError as failure:
         sys.exit(f"Error: {failure}")
+    except KeyboardInterrupt:
+        print("Aborted: nothing was replaced.", file=sys.stderr)
+        sys.exit(130)
