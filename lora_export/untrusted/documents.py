@@ -19,8 +19,9 @@ import errno
 import json
 import math
 import os
+import re
 import stat
-from collections import Counter
+import sys
 from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
@@ -40,6 +41,11 @@ MAX_YAML_BYTES, MAX_YAML_NODES = 512 << 10, 50_000
 # Least memory of one value of each kind in CPython: an empty list, a small dict, a short string, a number
 # with its place in a list.
 _LIST_BYTES, _DICT_BYTES, _TEXT_BYTES, _NUMBER_BYTES = 80, 240, 60, 40
+# An entry of a large dict: its place there, its pair until the dict is made, and json's memory of its key.
+_ENTRY_BYTES = 140
+# A text with a letter outside of Latin-1, or of the first plane, takes 2 or 4 bytes for each.
+_WIDEST, _TEXT_HEAD = 4, 76
+_BETWEEN_QUOTES = re.compile(r'[^"]+')
 _SMALL_PEAK, _PEAK_FACTOR = 50 << 20, 10
 _LISTED = 20
 # Integers with as many digits fit into a float, and need no further look.
@@ -77,13 +83,14 @@ def parse_json(
     if isinstance(text, bytes):
         text = _decoded(text)
     _refuse_costly(text)
-    twice = Counter[str]()
+    has_escapes = "\\u" in text
+    twice: dict[str, None] = {}
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            twice.update(name for name, count in counts.items() if count > 1)
+            # The document is refused: its dict may be used up.
+            twice.update((name, None) for name, _ in pairs if made.pop(name, twice) is twice)
         return made
 
     try:
@@ -101,11 +108,8 @@ def parse_json(
     if twice:
         raise DocumentError([f"the key '{shown(name)}' occurs twice" for name in list(twice)[:_LISTED]])
     _refuse_deep(value)
-    if not surrogates and "\\u" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise DocumentError([f"it has half of a surrogate pair: {shown(error)}"]) from error
+    if not surrogates and has_escapes:
+        _refuse_half_pairs(value)
     return value
 
 
@@ -241,16 +245,56 @@ def _refuse_costly(text: str) -> None:
     """Keep rule 2 by an upper estimate: every value begins with one of these characters."""
     if len(text) <= _SMALL_PEAK // 32:
         return
+    dicts = text.count("{") * _DICT_BYTES
     cost = (
         text.count("[") * _LIST_BYTES
-        + text.count("{") * _DICT_BYTES
+        + max(dicts, text.count(":") * _ENTRY_BYTES)  # a small dict has room for its entries
         + text.count('"') * _TEXT_BYTES // 2
         + text.count(",") * _NUMBER_BYTES
+        + sys.getsizeof(text)
+        - len(text)
     )
-    if cost > _PEAK_FACTOR * len(text) + _SMALL_PEAK:
+    most = _PEAK_FACTOR * len(text) + _SMALL_PEAK
+    if cost + _WIDEST * len(text) > most:
+        cost += _letters_cost(text)
+    if cost > most:
         raise DocumentError(
             [f"its {len(text)} bytes would take {cost} in memory: more than {_PEAK_FACTOR} times as much"]
         )
+
+
+def _letters_cost(text: str) -> int:
+    """Return the bytes of a document's texts, each in its own width, beyond one for each letter."""
+    if text.isascii() and "\\u" not in text:
+        return 0
+    cost = 0
+    for found in _BETWEEN_QUOTES.finditer(text):
+        part = found[0]
+        if "\\u" in part:
+            cost += (_WIDEST - 1) * len(part)
+        elif not part.isascii():
+            cost += max(sys.getsizeof(part) - _TEXT_HEAD - len(part), 0)
+    return cost
+
+
+def _refuse_half_pairs(value: Any) -> None:
+    """Keep rule 1 for texts that JSON's escapes made, one by one: all together may be large."""
+    open_values = [iter([value])]
+    try:
+        while open_values:
+            one = next(open_values[-1], open_values)
+            if one is open_values:
+                open_values.pop()
+            elif isinstance(one, str):
+                one.encode()
+            elif isinstance(one, dict):
+                for name in one:
+                    name.encode()
+                open_values.append(iter(one.values()))
+            elif isinstance(one, list):
+                open_values.append(iter(one))
+    except UnicodeEncodeError as error:
+        raise DocumentError([f"it has half of a surrogate pair: {shown(error)}"]) from error
 
 
 def _refuse_deep(value: Any) -> None:

@@ -206,18 +206,22 @@ def test_weights_in_a_subfolder_that_nothing_is_merged_into_are_named(tmp_path, 
         ({"part": {"n_layer": 10**9}}, "part.n_layer: 1000000000"),
         ({"depths": [2, 10**6]}, "depths: 1000000"),
         ({"num_local_experts": 10**6}, "num_local_experts: 1000000"),
+        ({"num_labels": 10**8}, "num_labels: 100000000"),
+        ({"part": {"num_classes": 10**8}}, "part.num_classes: 100000000"),
+        ({"id2label": {str(n): "x" for n in range(140_000)}}, "id2label: an object of 140000"),
+        ({"eos_token_id": list(range(140_000))}, "eos_token_id: an array of 140000"),
     ],
 )
-def test_a_config_of_more_layers_than_any_model_has_is_refused_before_it_is_built(change, says, tmp_path):
+def test_a_config_of_more_than_any_model_has_is_refused_before_it_is_built(change, says, tmp_path):
     torch.manual_seed(0)
     opt().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(CheckpointError, match="more layers than any model has") as caught:
+    with pytest.raises(CheckpointError, match="more layers or labels than any model has") as caught:
         load_model(tmp_path, "float32")
     assert says in "".join(caught.value.problems)
     with (
-        pytest.raises(CheckpointError, match="more layers than any model has"),
+        pytest.raises(CheckpointError, match="more layers or labels than any model has"),
         quiet_config(Checkpoint.open(tmp_path)),
     ):
         pass
