@@ -7,10 +7,12 @@ import contextlib
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -27,6 +29,8 @@ from lora_export.untrusted.shown import shown
 _NOTHING = "Aborted: nothing was replaced."
 # For so long after a signal a further one does not break into what the first one began: its end.
 _ENDING_S = 5.0
+# A signal waits for the end of an import, at most so long, and looks so often.
+_IMPORT_S, _WAIT_S = 20.0, 0.01
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ISSUES = "https://github.com/lora-export/lora-export/issues"
 
@@ -98,7 +102,7 @@ def _guarded(arguments: list[str]) -> int:
             signal.signal(signal.SIGHUP, ending)
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, ending)
-    return _run(arguments, debug)
+    return _run(arguments, debug, ending)
 
 
 class _Ending:
@@ -106,12 +110,33 @@ class _Ending:
 
     On the way out files are removed and names are given back. A second Ctrl-C that breaks into the first
     lines of that would leave them. Where the way out is a long one, it can be tried again.
+
+    What a package's own code makes of an interrupt while it is imported is its matter: an ImportError, as if
+    it were not installed. So a signal waits for the end of an import, but not for ever.
     """
 
     def __init__(self) -> None:
         self._began_s: float | None = None
+        self._waits_left = int(_IMPORT_S / _WAIT_S)
+        self._waiting: int | None = None
 
-    def __call__(self, number: int, frame: object) -> None:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self._waits_left and _is_importing(frame):
+            self._waits_left -= 1
+            self._waiting = number
+            again = threading.Timer(_WAIT_S, _send_again, [number])
+            again.daemon = True
+            again.start()
+            return
+        self._waiting = None
+        self._end(number, frame)
+
+    def settle(self) -> None:
+        """End the run if a signal still waits at its end."""
+        if self._waiting is not None:
+            self._end(self._waiting, None)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._began_s is not None and now - self._began_s < _ENDING_S:
             return
@@ -119,6 +144,22 @@ class _Ending:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         _terminate(number, frame)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(number: int) -> None:
+    main_thread = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main_thread is not None:
+        signal.pthread_kill(main_thread, number)  # it ends what the thread waits for, too
+    else:
+        signal.raise_signal(number)
 
 
 def _terminate(number: int, _frame: object) -> None:
@@ -129,11 +170,14 @@ class _Terminated(SystemExit):
     """Raised when the system asks the process to end."""
 
 
-def _run(arguments: list[str], debug: bool) -> int:
+def _run(arguments: list[str], debug: bool, ending: _Ending | None = None) -> int:
     with listening(_note) as run:
         try:
             try:
-                return _outcome(arguments, debug, run)
+                code = _outcome(arguments, debug, run)
+                if ending:
+                    ending.settle()
+                return code
             finally:
                 run.put_away()
         except (click.exceptions.Abort, KeyboardInterrupt) as error:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from lora_export.parity.judge.limits import EFFECT_CEILING
 from lora_export.parity.result import BASE, OutputMetrics, ParityReport, Verdict, state_name
-from lora_export.untrusted.shown import printable
+from lora_export.untrusted.shown import shown
 
 _AGAIN = "Export again."
 # Below, none of the adapter's effect is there.
@@ -61,7 +61,7 @@ def summary(report: ParityReport) -> list[str]:
         names = ", ".join(_name(part) for part in (verdict.state, verdict.output) if part)
         lines.append(f"FAIL  {verdict.name} ({names}): {verdict.value:.3g}, limit {verdict.limit:.3g}")
     more = len(failed) - _SHOWN
-    return [printable(line) for line in [*lines, *([f"… and {more} more"] if more > 0 else [])]]
+    return [shown(line) for line in [*lines, *([f"… and {more} more"] if more > 0 else [])]]
 
 
 def _size(verdict: Verdict) -> float:
@@ -129,7 +129,7 @@ def _applied(report: ParityReport, verdict: Verdict) -> str:
 def _effect(report: ParityReport, verdict: Verdict) -> str:
     row, adapter = _metrics(report, verdict), _adapter(report, verdict.state)
     if row is not None and row.effect and (row.own_relative or 0.0) > EFFECT_CEILING / 2 * row.effect:
-        dtype = printable(report.candidate.get("dtype", "its dtype"))
+        dtype = shown(report.candidate.get("dtype", "its dtype"))
         return (
             f"{dtype} itself loses so much that it can't be shown that the export does what {adapter} "
             "should. Check an export in float32."
@@ -179,7 +179,7 @@ def _alone(report: ParityReport, verdict: Verdict) -> str:
 
 
 def _other(report: ParityReport, verdict: Verdict) -> str:
-    return f"{printable(verdict.name, _NAME)} is not as it should be{_begins(report)}. {_AGAIN}"
+    return f"{shown(verdict.name, _NAME)} is not as it should be{_begins(report)}. {_AGAIN}"
 
 
 _Sentence = Callable[[ParityReport, Verdict], str]
@@ -259,14 +259,14 @@ def _adapter(report: ParityReport, state: str) -> str:
 
 
 def _name(name: str) -> str:
-    return printable(name, _NAME)
+    return shown(name, _NAME)
 
 
 def _percent(share: float) -> str:
     """Return a share as a reader of a newspaper has it: ``49 %``, ``0.23 %``, ``less than 0.01 %``."""
     value = 100 * share
     if not math.isfinite(value):
-        return printable(share)
+        return shown(share)
     if 0 < value < 0.01:
         return "less than 0.01 %"
     return f"{value:.0f} %" if value >= 9.95 or value == 0 else f"{value:.2g} %"

@@ -54,8 +54,8 @@ def shown(text: object, most: int = MAX_LINE) -> str:
 
 
 def safe(text: object, most: int = MAX_LINE) -> str:
-    """Return a text that is only text in HTML, in a quoted attribute and in SVG."""
-    return escape(printable(text, most), quote=True)
+    """Return a text that is only text in HTML, in a quoted attribute, in SVG, and in a log that prints it."""
+    return escape(shown(text, most), quote=True)
 
 
 def shown_lines(lines: Iterable[object], most: int = MAX_LINE) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import onnx
+import onnx.parser
 import pytest
 
 from lora_export import cli
@@ -217,3 +220,56 @@ def test_one_that_is_ignored_stays_ignored(number):
     done = importing(3, number, ignored=True)
     assert done.returncode == 0
     assert not done.stderr
+
+
+# A package whose own code takes an interrupt for a failure of its own, as extensions do; then the true one.
+TAKES_IT = """
+import importlib, os, sys, time
+try:
+    for _ in range(3):
+        os.kill(os.getpid(), int(os.environ["NUMBER"]))
+        time.sleep(0.1)
+except BaseException as error:
+    raise ImportError("initialization failed") from error
+sys.path.remove(os.path.dirname(os.path.dirname(__file__)))
+del sys.modules[__name__]
+importlib.import_module(__name__)
+"""
+
+
+@pytest.mark.parametrize("number", cli._SIGNALS)
+@pytest.mark.parametrize("package", ["onnxruntime", "torch"])
+def test_a_signal_while_a_package_is_imported_is_answered_as_a_signal(package, number, tmp_path):
+    (tmp_path / "site" / package).mkdir(parents=True)
+    (tmp_path / "site" / package / "__init__.py").write_text(TAKES_IT)
+    if package == "torch":
+        file = tmp_path / "adapter.pt"
+        file.write_bytes(b"x")
+        verb = ["inspect", str(file)]
+    else:
+        graph = onnx.parser.parse_model(
+            """<ir_version: 10, opset_import: ["" : 20]> g (float[2] x) => (float[2] y) { y = Neg(x) }"""
+        )
+        for name in ("a.onnx", "b.onnx"):
+            onnx.save(graph, tmp_path / name)
+        verb = ["parity", "--reference", str(tmp_path / "a.onnx"), "--candidate", str(tmp_path / "b.onnx")]
+    before = os.environ.get("PYTHONPATH", "")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}:{before}", "NUMBER": str(int(number))}
+    command = [sys.executable, "-m", "lora_export", *verb]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.stderr.endswith(f"{cli._NOTHING}\n"), done.stderr
+    assert done.returncode == 128 + number
+    assert "not installed" not in done.stderr
+
+
+def test_an_import_without_end_is_ended(monkeypatch):
+    monkeypatch.setattr(cli, "_IMPORT_S", 0.2)
+    monkeypatch.setattr(cli, "_is_importing", lambda _: True)
+    handler, before = cli._Ending(), signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            time.sleep(10)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -194,7 +194,7 @@ def _indexed(index: Path) -> tuple[str, ...]:
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no 'weight_map' from tensor to file", "save the base again")
     files = sorted(set(weight_map.values()))
-    if strange := [file for file in files if Path(file).name != file or "\0" in file]:
+    if strange := [file for file in files if Path(file).name != file or file == ".." or "\0" in file]:
         raise CheckpointError(
             f"{index} names weights that are not files of its folder",
             "put all of them beside the index, and save or download it again",

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from lora_export.errors import LoraExportError
 from lora_export.parity.result import Generated, OutputMetrics, ParityReport, Verdict
 from lora_export.reports.parity.words import number, plural
-from lora_export.untrusted.shown import printable
+from lora_export.untrusted.shown import shown
 
 FACTOR = 2.0
 _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -111,10 +111,10 @@ def lines(regressions: Sequence[Regression]) -> list[str]:
     """Return the lines that a user reads after a comparison; the last one is the verdict."""
     text: list[str] = []
     for row in regressions:
-        what = ", ".join(printable(part) for part in (row.name, row.state, row.output) if part)
+        what = ", ".join(shown(part) for part in (row.name, row.state, row.output) if part)
         values = [f"{number(row.before)} before, {number(row.now)} now"]
         values += [] if math.isnan(row.limit) else [f"limit {number(row.limit)}"]
-        text += [f"WORSE  {what}: {', '.join(values)}", f"       {printable(row.why)}"]
+        text += [f"WORSE  {what}: {', '.join(values)}", f"       {shown(row.why)}"]
     if regressions:
         return [*text, f"FAILED: {plural(len(regressions), 'thing')} worse than the baseline"]
     return ["PASSED: nothing is worse than the baseline"]
@@ -148,7 +148,7 @@ def _incomparable(old: ParityReport, new: ParityReport) -> Iterator[str]:
 def _differs(what: str, before: Any, now: Any) -> Iterator[str]:
     # A hash that one side lacks can't be compared.
     if before != now and not (what.endswith("sha256") and not (before and now)):
-        yield f"the {what}: {printable(before)} in the baseline, {printable(now)} now"
+        yield f"the {what}: {shown(before)} in the baseline, {shown(now)} now"
 
 
 def _feeds_differ(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> str:
@@ -159,7 +159,7 @@ def _feeds_differ(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, A
         if label not in before or label not in now or _feed_differs(before[label], now[label])
     )
     if changed:
-        listed = ", ".join(printable(label) for label in changed[:5])
+        listed = ", ".join(shown(label) for label in changed[:5])
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         return f"the feeds: {len(before)} in the baseline, {len(now)} now; not the same: {listed}{more}"
     return "" if len(old) == len(new) else f"the feeds: {len(old)} in the baseline, {len(new)} now"

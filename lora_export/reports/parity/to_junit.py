@@ -15,7 +15,7 @@ from lora_export.parity.sentence import failure_sentence, sentence
 from lora_export.plan import align
 from lora_export.reports.parity.to_text import localisation_lines, note_lines
 from lora_export.reports.parity.words import by_state, facts, metric_rows, relation
-from lora_export.untrusted.shown import printable
+from lora_export.untrusted.shown import shown
 
 
 def junit_xml(report: ParityReport) -> str:
@@ -56,7 +56,7 @@ def _suite(
     report: ParityReport, state: str, verdicts: Sequence[Verdict], used: set[tuple[str, str]]
 ) -> Element:
     """Return a state's suite: properties, cases, notes and metrics, in the order of JUnit's schema."""
-    suite = Element("testsuite", name=printable(state))
+    suite = Element("testsuite", name=shown(state))
     properties = SubElement(suite, "properties")
     for label, value in facts(report):
         SubElement(properties, "property", name=label, value=value)
@@ -82,8 +82,8 @@ def _suite(
 
 
 def _case(report: ParityReport, verdict: Verdict, message: str, used: set[tuple[str, str]]) -> Element:
-    classname = f"parity.{printable(verdict.state).replace('.', '_')}"
-    plain = printable(f"{verdict.name} [{verdict.output}]" if verdict.output else verdict.name)
+    classname = f"parity.{shown(verdict.state).replace('.', '_')}"
+    plain = shown(f"{verdict.name} [{verdict.output}]" if verdict.output else verdict.name)
     name, count = plain, 1
     # GitLab takes two cases of one name for one case.
     while (classname, name) in used:
@@ -95,7 +95,7 @@ def _case(report: ParityReport, verdict: Verdict, message: str, used: set[tuple[
         failure = SubElement(case, "failure", message=message, type=verdict.kind)
         failure.text = "\n".join(_failure_lines(report, verdict))
     elif not verdict.counted:
-        SubElement(case, "skipped", message=f"proves nothing: {printable(verdict.why)}".rstrip(": "))
+        SubElement(case, "skipped", message=f"proves nothing: {shown(verdict.why)}".rstrip(": "))
     return case
 
 
@@ -107,7 +107,7 @@ def _failure_lines(report: ParityReport, verdict: Verdict) -> list[str]:
         ("found", relation(verdict)),
         ("why", verdict.why),
     ]
-    text = align([(label, printable(value)) for label, value in facts if value])
+    text = align([(label, shown(value)) for label, value in facts if value])
     if report.localisation is not None:
         text += ["", *localisation_lines(report.localisation)]
     return text

@@ -20,11 +20,13 @@ from lora_export.reports.parity.words import (
     share,
     verdict_line,
 )
-from lora_export.untrusted.shown import printable
+from lora_export.untrusted.shown import shown, shown_lines
 
 WIDTH = 110
 # Number of modules shown on each side of the one where the error begins; a report in a file has all.
 _AROUND = 6
+# No line is cut in a file.
+_LONGEST_LINE = 1 << 30
 # On a terminal the reason of a passed check is cut at the line's end, but keeps this many characters; that of
 # a failure is never cut.
 _WHY = 24
@@ -55,7 +57,8 @@ def lines(report: ParityReport, cut: bool = False) -> list[str]:
 
 def report_text(report: ParityReport) -> str:
     """Return the lines for a file."""
-    return "\n".join(lines(report)) + "\n"
+    # A line that was wrapped may begin with what stood in the middle of a name.
+    return "\n".join(shown_lines(lines(report), _LONGEST_LINE)) + "\n"
 
 
 def head_lines(report: ParityReport) -> list[str]:
@@ -67,32 +70,32 @@ def head_lines(report: ParityReport) -> list[str]:
 
 def note_lines(report: ParityReport) -> list[str]:
     """Return the notes, wrapped."""
-    return [line for note in report.notes for line in _wrapped(f"note: {printable(note)}", hang=6)]
+    return [line for note in report.notes for line in _wrapped(f"note: {shown(note)}", hang=6)]
 
 
 def localisation_lines(found: Localisation) -> list[str]:
     """Return the table of modules; those far from the beginning of the error are only counted."""
-    state = printable(found.state)
+    state = shown(found.state)
     text: list[str] = []
     if found.module:
-        text.append(f"{printable(found.module)} (run with: {state})")
+        text.append(f"{shown(found.module)} (run with: {state})")
     elif found.rows:
         text.append(f"no module's error jumps (run with: {state})")
-    if shown := _shown_rows(found):
+    if rows := _shown_rows(found):
         heading = ("", "module", "error in", "error out", "PyTorch", "effect")
-        text += align([heading, *(_module_cells(row, found) for row in shown)])
+        text += align([heading, *(_module_cells(row, found) for row in rows)])
         text.append("(>>: the error begins here; PyTorch: its own error there in the candidate's dtype)")
-    if left := len(found.rows) - len(shown):
+    if left := len(found.rows) - len(rows):
         text.append(f"… and {left} more with --report FILE.json")
     if found.of:
         text.append(f"looked at {found.looked_at} of {plural(found.of, 'module')}")
-    return text + (_wrapped(printable(found.note), indent=2) if found.note else [])
+    return text + (_wrapped(shown(found.note), indent=2) if found.note else [])
 
 
 def _module_cells(row: ModuleRow, found: Localisation) -> tuple[str, ...]:
     sign = ">>" if row.module == found.module else ">" if row.jumped else ""
     numbers = (row.error_in, row.error_out, row.own_out, row.effect)
-    return sign, printable(row.module), *map(number, numbers)
+    return sign, shown(row.module), *map(number, numbers)
 
 
 def _shown_rows(found: Localisation) -> list[ModuleRow]:
@@ -109,7 +112,7 @@ def _state_lines(state: str, verdicts: Sequence[Verdict], cut: bool) -> list[str
     for verdict in verdicts:
         if verdict.passed:
             groups.setdefault((mark(verdict), verdict.name), []).append(verdict)
-    text = [printable(state)]
+    text = [shown(state)]
     if groups:
         text += _passed_lines(list(groups.values()), cut)
     for verdict in verdicts:
@@ -123,11 +126,11 @@ def _passed_lines(groups: Sequence[Sequence[Verdict]], cut: bool) -> list[str]:
     rows, reasons = [], []
     for group in groups:
         worst = max(group, key=share)
-        where = printable(worst.output)
+        where = shown(worst.output)
         if len(group) > 1:
             where = f"{len(group)} outputs, worst {where}" if where else f"{len(group)} times"
-        rows.append((mark(worst).ljust(4), printable(worst.name), where, relation(worst)))
-        reason = printable(worst.why)
+        rows.append((mark(worst).ljust(4), shown(worst.name), where, relation(worst)))
+        reason = shown(worst.why)
         reasons.append(reason if worst.counted else f"proves nothing: {reason}".rstrip(": "))
     table = align(rows)
     start = max(map(len, table)) + 2
@@ -138,9 +141,9 @@ def _passed_lines(groups: Sequence[Sequence[Verdict]], cut: bool) -> list[str]:
 
 
 def _failed_lines(verdict: Verdict) -> list[str]:
-    cells = [printable(verdict.name), printable(verdict.output), relation(verdict)]
+    cells = [shown(verdict.name), shown(verdict.output), relation(verdict)]
     cells += [] if verdict.counted else ["(proves nothing)"]
-    reason = _wrapped(printable(verdict.why), indent=8) if verdict.why else []
+    reason = _wrapped(shown(verdict.why), indent=8) if verdict.why else []
     return [f"  FAIL  {'  '.join(filter(None, cells))}", *reason]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_export.parity.result import Generated, OutputMetrics, ParityReport, Verdict
-from lora_export.untrusted.shown import printable
+from lora_export.untrusted.shown import shown
 
 _FEEDS = 6
 
@@ -21,7 +21,7 @@ def verdict_line(report: ParityReport) -> str:
     also = f"; {empty} more prove{'s' if empty == 1 else ''} nothing" if empty else ""
     if failed:
         where = report.localisation.module if report.localisation is not None else ""
-        begins = f"; the error begins at {printable(where)}" if where else ""
+        begins = f"; the error begins at {shown(where)}" if where else ""
         return f"FAILED: {failed} of {plural(checks, 'check')}{also}{begins}"
     if not report.passed:
         return f"FAILED: nothing was proven{also}"
@@ -39,10 +39,10 @@ def facts(report: ParityReport) -> list[tuple[str, str]]:
         ("candidate", _described(candidate.get("path"), what)),
     ]
     found += [("adapter", _adapter(adapter)) for adapter in report.adapters]
-    feeds = [printable(feed.get("label", "")) for feed in report.feeds]
+    feeds = [shown(feed.get("label", "")) for feed in report.feeds]
     more = f"; … and {len(feeds) - _FEEDS} more" if len(feeds) > _FEEDS else ""
     found.append(("feeds", f"{len(feeds)}: {'; '.join(feeds[:_FEEDS])}{more}" if feeds else "none"))
-    return [*found, ("tolerance", printable(report.tolerance)), ("took", f"{report.seconds:.1f} s")]
+    return [*found, ("tolerance", shown(report.tolerance)), ("took", f"{report.seconds:.1f} s")]
 
 
 def by_state(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
@@ -114,7 +114,7 @@ def metric_rows(metrics: Iterable[OutputMetrics]) -> list[tuple[str, ...]]:
             row.mean_abs,
         )
         cells = (*map(number, values), f"{row.cosine:.6f}")
-        table.append((printable(row.state), printable(row.output), *cells))
+        table.append((shown(row.state), shown(row.output), *cells))
     return table
 
 
@@ -125,7 +125,7 @@ def logit_rows(metrics: Iterable[OutputMetrics]) -> list[tuple[str, ...]]:
         if row.kl is None and row.top1 is None and row.top5 is None:
             continue
         shares = (_percent(part) for part in (row.top1, row.top5))
-        rows.append((printable(row.state), printable(row.output), number(row.kl), *shares))
+        rows.append((shown(row.state), shown(row.output), number(row.kl), *shares))
     return rows
 
 
@@ -143,7 +143,7 @@ def generated_rows(generated: Iterable[Generated]) -> list[tuple[str, ...]]:
             difference = f"token {run.equal + 1}: reference {wanted}, candidate {seen}"
             difference += ", a tie of the reference" if run.tie else ""
         rows.append(
-            (printable(run.state), plural(len(run.prompt), "token"), f"{run.equal} of {total}", difference)
+            (shown(run.state), plural(len(run.prompt), "token"), f"{run.equal} of {total}", difference)
         )
     return rows
 
@@ -153,16 +153,16 @@ def _percent(part: float | None) -> str:
 
 
 def _described(path: Any, details: list[str]) -> str:
-    name = printable(path or "unnamed")
+    name = shown(path or "unnamed")
     return f"{name} ({', '.join(details)})" if details else name
 
 
 def _texts(mapping: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
-    return [printable(mapping[key]) for key in keys if mapping.get(key)]
+    return [shown(mapping[key]) for key in keys if mapping.get(key)]
 
 
 def _short(sha: object) -> str:
-    return f"{printable(sha)[:12]}…" if sha else ""
+    return f"{shown(sha)[:12]}…" if sha else ""
 
 
 def _adapter(adapter: Mapping[str, Any]) -> str:
