@@ -317,7 +317,7 @@ def test_blobs_are_those_of_the_same_repository(good, tmp_path):
 
 
 @group("llama")
-@pytest.mark.parametrize("name", ["../other.safetensors", "/dev/zero", "sub/model.safetensors", "a\0b"])
+@pytest.mark.parametrize("name", ["../other.safetensors", "/dev/zero", "sub/model.safetensors", "a\0b", ".."])
 def test_an_index_names_files_of_its_folder(name, tmp_path):
     from lora_export.base.checkpoint.checkpoint import Checkpoint
 

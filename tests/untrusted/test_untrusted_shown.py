@@ -26,6 +26,7 @@ from lora_export.errors import AdapterError
 from lora_export.reports.parity.to_html import report_html
 from lora_export.reports.parity.to_junit import junit_xml
 from lora_export.reports.parity.to_text import lines as parity_lines
+from lora_export.reports.parity.to_text import report_text
 from lora_export.untrusted.shown import MAX_LINE, MAX_LISTED, safe, shown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +48,8 @@ NAMES = {
     "long": "x" * 200_000,
     "very long": "x" * 1_000_000,
 }
+# What GitHub and Azure obey, in a line or at its beginning.
+COMMAND = re.compile(r"##\w*\[|^\s*::\w", re.MULTILINE)
 # No format reads a name with a line break, and a header of names alone is refused.
 REFUSED = ("newline", "very long")
 
@@ -212,9 +215,11 @@ def test_reports_of_parity(name: str) -> None:
     report = parity_reports.named(NAMES[name])
     assert is_harmless("\n".join(shown(line) for line in parity_lines(report)))
     page, junit = report_html(report), junit_xml(report)
-    for text in (page, junit):
+    for text in (page, junit, report_text(report)):
         assert not ACTING.search(text.replace("\n", ""))
         assert len(text) < 5_000_000
+        # A CI step may print the file.
+        assert not COMMAND.search(text)
     tags = _Tags()
     tags.feed(page)
     assert "script" not in tags.tags

@@ -16,7 +16,7 @@ from lora_export.untrusted.fields import seen
 # The deepest published model has 1000 (DeepNet, arXiv:2203.00555), the largest mixtures some hundred experts.
 MOST = 2048
 # num_hidden_layers, n_layer, encoder_layers, num_local_experts, depth, depths, num_blocks …
-_COUNTS = re.compile(r"(?:.*_)?(?:layers?|experts|blocks|depths?)")
+_COUNTS = re.compile(r"(?:.*_)?(?:layers?|experts|blocks|depths?|hidden_groups|group_num)")
 # Classifiers of ImageNet-21k have 21,843.
 MOST_ENTRIES = 1 << 17
 _LABELS = re.compile(r"(?:.*_)?(?:labels|classes)")

@@ -338,4 +338,6 @@ def _size(path: Path) -> int:
 
 
 def _size_text(size: int) -> str:
+    if size < 1000:
+        return f"{size} bytes"
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
