@@ -257,7 +257,8 @@ def test_a_signal_while_a_package_is_imported_is_answered_as_a_signal(package, n
     env = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}:{before}", "NUMBER": str(int(number))}
     command = [sys.executable, "-m", "lora_export", *verb]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert done.stderr.endswith(f"{cli._NOTHING}\n"), done.stderr
+    # The signal may come while an error of the run, a true one, is printed.
+    assert done.stderr.endswith((f"{cli._NOTHING}\n", "\nAborted.\n")), done.stderr
     assert done.returncode == 128 + number
     assert "not installed" not in done.stderr
 

@@ -17,6 +17,7 @@ from lora_export.formats.reading.key_index import KeyIndex
 from lora_export.formats.reading.patterns import check, remembered
 from lora_export.formats.reading.source import Options
 
+_PLAIN = re.compile(r"[A-Za-z0-9_.]{1,1000}")
 _ABSURD = 1e15
 # These change how the tensors are made or trained, not what they mean once saved.
 _HARMLESS = frozenset(
@@ -275,6 +276,8 @@ def too_many_names(config: Mapping[str, Any]) -> list[str]:
 
 def _pattern_problem(key: str, pattern: str) -> str:
     """Return the reason why PEFT would fail at a key of a pattern, or ""."""
+    if _PLAIN.fullmatch(pattern):
+        return ""  # of plain names there may be one for each module
     try:
         check(key, rf"(.*\.)?({pattern})$")
     except re.error as error:

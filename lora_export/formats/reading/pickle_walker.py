@@ -180,7 +180,7 @@ class Walker(pickle._Unpickler):
         """Return the stand-in for a class or a function.
 
         Raises:
-            Refused: It makes tensors that are never read.
+            Refused: A function of this name makes tensors that are never read.
             pickle.UnpicklingError: There is no stand-in.
         """
         # Names of Python 2, as torch translates them.
