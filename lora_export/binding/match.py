@@ -19,6 +19,7 @@ from lora_export.formats.reading.saved import change_of, with_bias
 from lora_export.formats.schemes import fitted
 from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, StoredRows, path_of
 from lora_export.plan import PlanRow, Refusal
+from lora_export.sites.fit import grouped_dora
 from lora_export.sites.kinds import as_seen
 from lora_export.sites.matrices import embedding_of, linear_of
 
@@ -244,6 +245,8 @@ def _kept_turned(lora: LoraModule, member: Member) -> bool | None:
 def _misfit(lora: LoraModule, place: Place) -> Refusal | None:
     """Return the reason why the factors don't fit their site; None if they do."""
     module = place.module
+    if refusal := grouped_dora(lora):
+        return refusal
     kind = lora.kind
     if kind != module.kind:
         return Refusal("shape", f"the adapter has a {kind} module, the graph a {module.kind} one")

@@ -54,7 +54,7 @@ def proven(
         checked = check_content(target, part, wanted, trusted=not doubt)
         if isinstance(checked, Refusal):
             names = computed_from(part.root)
-            if any(weight_path(name).endswith(key) for name in names for key in keys):
+            if any(f".{weight_path(name)}".endswith(f".{key}") for name in names for key in keys):
                 return Miss(target, computes_with_weight(names))
             return Miss(target, Refusal(checked.kind, f"{checked.detail} (found by {site.evidence})"))
         parts.append(checked)

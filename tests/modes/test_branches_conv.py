@@ -1,5 +1,7 @@
 """Branches beside convolutions: PyTorch's and PEFT's answers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ from branch_graphs import (
 from safetensors.numpy import save_file
 from small_graphs import adapter, graph, random, run, save
 
-from lora_export import SiteError, merge_onnx
+from lora_export import LoraExportError, SiteError, convert_adapter, merge_onnx, swap_onnx
 
 # id: (kernel, ONNX attributes, torch's)
 CONVS = {
@@ -249,3 +251,25 @@ def test_a_whole_convolution_is_refused_by_name(tmp_path):
     base, *_ = conv_base(tmp_path, 4, 4, (3,), "")
     given = adapter(extras={"c.weight": random(4, 4, 3, seed=3)})
     assert "replaces this whole convolution" in reasons(refuse_swap(base, given))["c.weight"]
+
+
+@pytest.mark.parametrize(("groups", "kernel"), [(2, (3, 3)), (4, (3,)), (2, (1, 1))])
+def test_dora_on_a_grouped_convolution_is_called_that(groups, kernel, tmp_path):
+    """PEFT's factor there is of B·A without the groups: no graph is written that could not be used."""
+    weight, axes = random(8, 8 // groups, *kernel, seed=7), ",".join("abc"[: len(kernel)])
+    text = f"g (float[n,8,{axes}] x) => (float[n,8,d,e] y) {{ y = Conv <group = {groups}> (x, c_weight) }}"
+    base = save(graph(text, {"c.weight": weight}), tmp_path)
+    plain = conv_lora("c", 8, 8, *kernel, rank=4, groups=groups)
+    given = adapter(replace(plain, magnitude=magnitude(8)))
+    caught = refuse_swap(base, given, dora=True)
+    assert f"DoRA on a convolution of {groups} groups" in reasons(caught)["c.weight"]
+    assert "without DoRA" in caught.hint
+    assert "merge" not in caught.hint
+    with pytest.raises(SiteError, match=f"DoRA on a convolution of {groups} groups") as merged:
+        merge_onnx(base, given, tmp_path / "merged.onnx")
+    assert "swap-onnx" not in str(merged.value.hint)
+    # A graph with DoRA's factor that was made by a module's name says the same of such an adapter.
+    swap_onnx(base, tmp_path / "swap.onnx", target_modules=["c"], dora=True)
+    with pytest.raises(LoraExportError, match=f"DoRA on a convolution of {groups} groups") as refused:
+        convert_adapter(given, tmp_path / "swap.onnx", tmp_path / "a.safetensors")
+    assert "without DoRA" in refused.value.hint

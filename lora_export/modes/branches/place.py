@@ -21,6 +21,7 @@ from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, refuse
 from lora_export.sites import operator_named
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.doubts.contained import adapter_names
+from lora_export.sites.fit import grouped_dora
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.target import Miss, Site, Target, targets_of
 from lora_export.sites.values.held import held_of
@@ -177,6 +178,8 @@ def _unsuited(target: Target, dora: bool) -> Refusal | None:
         return Refusal("merge only", "stacked experts are not exposed")
     if target.module is not None and target.module.everywhere and target.module.kind_by == "file":
         return Refusal("merge only", EVERYWHERE)
+    if target.module is not None and (refusal := grouped_dora(target.module)):
+        return refusal
     if target.module is not None and target.module.has_dora and not dora:
         return Refusal("dora", "DoRA has a factor on the whole product")
     return None

@@ -30,6 +30,7 @@ from lora_export.graph.onnx_file import GraphFile, drop_dead
 from lora_export.modes.branches.place import holds, refuse_exposed
 from lora_export.plan import Plan, PlanRow, Refusal
 from lora_export.sites.bias import restore_biases
+from lora_export.sites.fit import grouped_dora
 from lora_export.sites.isolate import Isolator
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.slot import Use
@@ -164,7 +165,9 @@ class _Search:
         sites, misses = restore_biases(sites, misses, resolver.weight_of)
         grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
         sites = [site for site in sites if site not in grouped]
-        misses += [Miss(site.target, _GROUPED) for site in grouped]
+        for site in grouped:
+            assert site.target.module is not None
+            misses.append(Miss(site.target, grouped_dora(site.target.module) or _GROUPED))
         self.warnings += [_untrained(adapter, site) for site in sites if _is_copy(site)]
         sites, torn, tied = with_tied_ends(adapter, sites, resolver.uses, resolver.weight_of)
         self.notes += tied
