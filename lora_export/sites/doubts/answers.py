@@ -40,7 +40,7 @@ from lora_export.sites.naming.evidence import folded_names, path_in, weight_name
 from lora_export.sites.slot import WEIGHTS, Use
 from lora_export.sites.target import BaseWeights, Site
 from lora_export.sites.values.factors import Explainer
-from lora_export.sites.values.moved import FEW, moved_parameters
+from lora_export.sites.values.moved import FEW, has_one_axis, moved_parameters
 from lora_export.sites.values.numbers import are_steps, is_written
 
 # TorchScript's name for the output of a node that computes something.
@@ -99,7 +99,7 @@ def computed_answers(
         suspects = {
             key: use
             for key, use in suspects.items()
-            if key not in explained and not (_is_vector(use) and norms.is_of_norm(_values(use)))
+            if key not in explained and not (has_one_axis(use.root) and norms.is_of_norm(_values(use)))
         }
         numbers = [value for value in numbers if id(value) not in explained]
     for site in sites if suspects or numbers else ():
@@ -163,7 +163,7 @@ def _is_suspect(use: Use, base: BaseWeights | None) -> bool:
         return False
     # Tools join an answer that is multiplied or added to the norm or product before it, but for batch norms.
     own = use.node.op_type == "BatchNormalization" or operator_named(use.node.op_type)
-    if _is_vector(use) and own:
+    if has_one_axis(use.root) and own:
         return False
     told = _is_plain(_values(use))
     release(root)
@@ -180,10 +180,6 @@ def _is_computed_number(value: ir.Value, base: BaseWeights | None) -> bool:
     if not told or _GIVEN in value.metadata_props or folded_names(value):
         return False
     return not is_written(float(tensor.numpy().reshape(-1)[0]))
-
-
-def _is_vector(use: Use) -> bool:
-    return max(_shape(use)) == math.prod(_shape(use))
 
 
 def _values(use: Use) -> Array:

@@ -52,7 +52,7 @@ def moved_parameters(constants: Iterable[ir.Value], base: BaseWeights, changed: 
     """
     left = {id(value): value for value in constants}
     vectors = {key: _vectors(value) for key, value in left.items()}
-    single = {key for key, value in left.items() if _has_one_axis(value)}
+    single = {key for key, value in left.items() if has_one_axis(value)}
     found: set[int] = set()
     # What costs least goes first: most constants are whole parameters.
     for explain in (_with_first_row, _with_row, _with_order):
@@ -79,7 +79,7 @@ def _packed(constants: Sequence[ir.Value], base: BaseWeights, changed: Set[str])
         values = np.asarray(constant.const_value.numpy()).reshape(-1)
         if values.dtype == np.float32 and _are_joined(values, pieces):
             found.add(id(constant))
-        if not _has_one_axis(constant):
+        if not has_one_axis(constant):
             continue
         rounding = 1e-2 if values.dtype.itemsize == 2 else 1e-5
         rest = values.astype(np.float64)
@@ -106,7 +106,8 @@ def _piece(values: Array, pieces: Sequence[Array], rounding: float) -> int:
     return max((len(one) for one in fitting if np.allclose(values[: len(one)], one, rounding)), default=0)
 
 
-def _has_one_axis(value: ir.Value) -> bool:
+def has_one_axis(value: ir.Value) -> bool:
+    """Return True if all values of a constant lie along one axis."""
     assert value.const_value is not None
     return max(value.const_value.shape.numpy(), default=1) == value.const_value.size
 
