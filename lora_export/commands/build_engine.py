@@ -12,6 +12,7 @@ import click
 from lora_export.commands.printing import print_json, print_lines, print_warnings
 from lora_export.commands.verb import Verb
 from lora_export.commands.whole import AtLeast
+from lora_export.machines.targets import COMPILERS
 
 if TYPE_CHECKING:
     from lora_export.engines.build import BuildReport
@@ -50,9 +51,7 @@ _MIB = 1 << 20
     help="One of several profiles; prefill and decode have sizes of their own. Each makes the engine larger.",
 )
 @click.option("--together", is_flag=True, help="Build one engine for all targets instead of one for each.")
-@click.option(
-    "--backend", type=click.Choice(["tensorrt-rtx", "tensorrt"]), help="Compiler; by default the target's."
-)
+@click.option("--backend", type=click.Choice(COMPILERS), help="Compiler; by default the target's.")
 @click.option("--tf32", is_flag=True, help="Allow TF32 in float32 products: faster, but three digits fewer.")
 @click.option(
     "--weight-streaming", is_flag=True, help="Weights may stay in host memory while the engine runs."

@@ -17,6 +17,7 @@ from typing import Any
 from lora_export.engines.record import BuildOptions
 from lora_export.errors import BackendUnavailable, install_line
 from lora_export.machines.local_gpus import Gpu, local_gpus
+from lora_export.machines.packages import PACKAGES
 
 # The packages have no types; a test checks the names that we use against their bindings.
 TensorRT = Any
@@ -36,18 +37,30 @@ class Compiler(ABC):
     """One of the compilers.
 
     Attributes:
-        name: Name for users.
+        name: Name that the user types.
+        title: Name in messages.
         package: Python package.
-        distributions: Its names for pip; the first one that is installed counts.
         extra: Our extra that installs it.
         anywhere: True if it builds without a GPU, for GPUs of other machines.
+        runs_on: Compute capabilities that its engines run on; None: those that the engine was built for.
+        compiles_at_run: True if its engines hold no kernels yet and compile them while they run.
+        magic: First bytes of its engines.
+        tool: Command-line tool in its package, of trtexec's kind.
+        contrib_operators: ONNX Runtime's own operators that its parser reads as ONNX Runtime means them.
+        no_float32_products: Compute capabilities for which it can't multiply float32 matrices.
     """
 
     name: str
+    title: str
     package: str
-    distributions: tuple[str, ...]
     extra: str
     anywhere: bool
+    runs_on: tuple[str, ...] | None
+    compiles_at_run: bool
+    magic: bytes
+    tool: str
+    contrib_operators: frozenset[str]
+    no_float32_products: frozenset[str]
 
     def load(self) -> TensorRT:
         """Import the package.
@@ -72,7 +85,7 @@ class Compiler(ABC):
         Raises:
             BackendUnavailable: The package is not installed.
         """
-        for distribution in self.distributions:
+        for distribution in PACKAGES[self.package]:
             try:
                 return version(distribution)
             except PackageNotFoundError:
@@ -115,6 +128,10 @@ class Compiler(ABC):
         if options.workspace_bytes is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
         self.configure_own(trt, config, options, compute_capabilities)
+
+    @abstractmethod
+    def tool_flags(self, compute_capabilities: Sequence[str]) -> list[str]:
+        """Return the flags with which its tool builds for these GPUs what `builder_process` builds."""
 
     @abstractmethod
     def configure_own(

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from lora_export.engines import BACKENDS, compiler_of
 from lora_export.errors import BackendError
 from lora_export.graph.exposed import ExposedGraph
 from lora_export.storage.hashes import FileHash
@@ -25,8 +26,6 @@ from lora_export.untrusted.places import is_file, is_folder
 
 FORMAT = 1
 KIND = "lora_export.engine"
-# The first bytes of a serialised engine, by package.
-MAGICS = {b"ftrt": "tensorrt", b"vtrt": "tensorrt-rtx"}
 
 _AGAIN = "build the engine again with lora-export build-engine"
 # TensorRT's own limit (``Dims::MAX_DIMS``).
@@ -282,7 +281,8 @@ def is_engine(path: Path) -> bool:
     if not is_file(path):
         return False
     with path.open("rb") as file:
-        return file.read(4) in MAGICS
+        begin = file.read(4)
+    return any(begin == compiler_of(backend).magic for backend in BACKENDS)
 
 
 def read_engine(engine: Path) -> EngineRecord:

@@ -22,10 +22,17 @@ class TensorRTClassic(Compiler):
     """The compiler for the GPU in this machine."""
 
     name = "tensorrt"
+    title = "TensorRT"
     package = "tensorrt"
-    distributions = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
     extra = "tensorrt"
     anywhere = False
+    runs_on = None
+    compiles_at_run = False
+    magic = b"ftrt"
+    tool = "trtexec"
+    # Its parser could not be tried.
+    contrib_operators = frozenset()
+    no_float32_products = frozenset()
 
     def target_problem(self, compute_capability: str) -> str | None:
         """Return the reason why it can't build for such a GPU here, or None."""
@@ -38,6 +45,10 @@ class TensorRTClassic(Compiler):
     def option_problems(self, options: BuildOptions, here: bool) -> list[str]:
         """Return the options that it does not support: none."""
         return []
+
+    def tool_flags(self, compute_capabilities: Sequence[str]) -> list[str]:
+        """Return the flag for the types that the graph states; it builds for the GPU that it runs on."""
+        return ["--stronglyTyped"]
 
     def configure_own(
         self, trt: TensorRT, config: Any, options: BuildOptions, compute_capabilities: Sequence[str]

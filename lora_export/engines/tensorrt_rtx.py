@@ -17,10 +17,23 @@ class TensorRTRTX(Compiler):
     """The compiler that runs in CI."""
 
     name = "tensorrt-rtx"
+    title = "TensorRT-RTX"
     package = "tensorrt_rtx"
-    distributions = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
     extra = "rtx"
     anywhere = True
+    runs_on = RTX_COMPUTE_CAPABILITIES
+    compiles_at_run = True
+    magic = b"vtrt"
+    tool = "tensorrt_rtx"
+    # Their layers in the network were compared with the operators' definitions.
+    contrib_operators = frozenset(
+        {
+            *("Gelu", "MultiHeadAttention", "SimplifiedLayerNormalization"),
+            *("SkipSimplifiedLayerNormalization", "QuantizeLinear", "DequantizeLinear"),
+        }
+    )
+    # It has float32 convolutions for them.
+    no_float32_products = frozenset({"7.5"})
 
     def target_problem(self, compute_capability: str) -> str | None:
         """Return the reason why it can't build for such a GPU, or None."""
@@ -46,6 +59,11 @@ class TensorRTRTX(Compiler):
                 "this machine has none: omit them, or make a build kit (--kit) and build it on one"
             )
         return found
+
+    def tool_flags(self, compute_capabilities: Sequence[str]) -> list[str]:
+        """Return the flag that names the GPUs: without it the tool builds for a default set."""
+        # Its networks are always strongly typed.
+        return [f"--computeCapabilities={','.join(name.replace('.', '') for name in compute_capabilities)}"]
 
     def configure_own(
         self, trt: TensorRT, config: Any, options: BuildOptions, compute_capabilities: Sequence[str]

@@ -175,7 +175,7 @@ def _script(plan: BuildPlan, group: Group, engine: str) -> str:
         "TARGET": _one_line(", ".join(target.label for target in group.targets)),
         "MODEL": shlex.quote(f"{plan.name}.onnx"),
         "ENGINE": shlex.quote(engine),
-        "TOOL": "tensorrt_rtx" if group.compiler.name == "tensorrt-rtx" else "trtexec",
+        "TOOL": group.compiler.tool,
         "OURS": _lines(_own_flags(plan, group)),
         "FLAGS": _lines(_trtexec_flags(plan, group)),
     }
@@ -229,12 +229,7 @@ def _size(shape: tuple[int, ...]) -> str:
 def _trtexec_flags(plan: BuildPlan, group: Group) -> Iterator[str]:
     """Yield the flags of trtexec (its ``--help``, its source) or of TensorRT-RTX's tool of the same kind."""
     profiles, options = plan.profiles, plan.options
-    if group.compiler.name == "tensorrt-rtx":
-        # Its networks are always strongly typed, and without this flag it builds for a default set of GPUs.
-        numbers = (name.replace(".", "") for name in group.compute_capabilities)
-        yield f"--computeCapabilities={','.join(numbers)}"
-    else:
-        yield "--stronglyTyped"
+    yield from group.compiler.tool_flags(group.compute_capabilities)
     yield "--skipInference"
     for number, profile in enumerate(profiles):
         if not profile.shapes:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
-from lora_export.engines.prepare.problem import TITLES, Problem, of_nodes, of_places
+from lora_export.engines.backend import Compiler
+from lora_export.engines.prepare.problem import Problem, of_nodes, of_places
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.sites.node_text import node_text
 
@@ -34,7 +35,6 @@ TAKEN = frozenset(
 _WEIGHTS_ONLY = frozenset({_T.INT4, _T.FLOAT8E4M3FN, _T.FLOAT4E2M1})
 _DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 _PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulNBits"})
-_TURING: Capability = (7, 5)
 
 
 def capability(text: str) -> Capability:
@@ -43,18 +43,17 @@ def capability(text: str) -> Capability:
     return int(major), int(minor or 0)
 
 
-def dtype_problems(graph: GraphFile, capabilities: Sequence[str], backend: str) -> Iterator[Problem]:
+def dtype_problems(graph: GraphFile, capabilities: Sequence[str], compiler: Compiler) -> Iterator[Problem]:
     """Yield the inputs, constants and nodes whose type the compiler or one of the GPUs lacks."""
     places = _places(graph)
     for dtype, found in places.items():
         if dtype not in TAKEN:
-            reason = f"{TITLES[backend]} has no {dtype.name.lower()}"
+            reason = f"{compiler.title} has no {dtype.name.lower()}"
             yield from of_places(_texts(found), reason, _hint(dtype))
         elif lacking := lacks(dtype, capabilities):
             yield from of_places(_texts(found), lacking, _hint(dtype))
-    yield from _exposed_weights(graph, backend)
-    if backend == "tensorrt-rtx":
-        yield from _turing_products(graph, capabilities)
+    yield from _exposed_weights(graph, compiler)
+    yield from _float32_products(graph, capabilities, compiler)
 
 
 def lacks(dtype: ir.DataType, capabilities: Sequence[str]) -> str:
@@ -122,15 +121,15 @@ def _types_of(node: ir.Node) -> Iterator[ir.DataType]:
             yield dtype
 
 
-def _exposed_weights(graph: GraphFile, backend: str) -> Iterator[Problem]:
+def _exposed_weights(graph: GraphFile, compiler: Compiler) -> Iterator[Problem]:
     """Yield inputs and casts with types that only weights can have, and inputs that are not tensors."""
     hint = "export it with another type"
     for value in graph.graph.inputs:
         if isinstance(value.type, (ir.SequenceType, ir.OptionalType)):
-            reason = f"{TITLES[backend]} takes only tensors"
+            reason = f"{compiler.title} takes only tensors"
             yield from of_places([f"input {value.name!r}"], reason, "export a graph whose inputs are tensors")
         elif value.dtype in _WEIGHTS_ONLY and not value.is_initializer():
-            reason = f"{TITLES[backend]} has {value.dtype.name.lower()} for weights, not for inputs"
+            reason = f"{compiler.title} has {value.dtype.name.lower()} for weights, not for inputs"
             yield from of_places([f"input {value.name!r}"], reason, hint)
     casts: dict[ir.DataType, list[ir.Node]] = defaultdict(list)
     for node in graph.model.graph.all_nodes():
@@ -140,13 +139,14 @@ def _exposed_weights(graph: GraphFile, backend: str) -> Iterator[Problem]:
         ):
             casts[dtype].append(node)
     for dtype, nodes in casts.items():
-        reason = f"{TITLES[backend]} makes {dtype.name.lower()} by QuantizeLinear, not by Cast"
+        reason = f"{compiler.title} makes {dtype.name.lower()} by QuantizeLinear, not by Cast"
         yield from of_nodes(nodes, reason, hint)
 
 
-def _turing_products(graph: GraphFile, capabilities: Sequence[str]) -> Iterator[Problem]:
-    """Yield float32 products: TensorRT-RTX has none for compute capability 7.5 (but it has convolutions)."""
-    if not any(capability(text) == _TURING for text in capabilities):
+def _float32_products(graph: GraphFile, capabilities: Sequence[str], compiler: Compiler) -> Iterator[Problem]:
+    """Yield float32 products where the compiler has none for one of the GPUs."""
+    lacking = sorted(compiler.no_float32_products.intersection(capabilities))
+    if not lacking:
         return
     nodes = [
         node
@@ -154,5 +154,6 @@ def _turing_products(graph: GraphFile, capabilities: Sequence[str]) -> Iterator[
         if node.op_type in _PRODUCTS
         and any(v is not None and v.dtype in (_T.FLOAT, _T.DOUBLE) for v in (*node.inputs, *node.outputs))
     ]
-    reason = "TensorRT-RTX can't multiply float32 matrices on compute capability 7.5"
-    yield from of_nodes(nodes, reason, "make the graph in float16, or omit GPUs of 7.5 from the targets")
+    names = ", ".join(lacking)
+    reason = f"{compiler.title} can't multiply float32 matrices on compute capability {names}"
+    yield from of_nodes(nodes, reason, f"make the graph in float16, or omit GPUs of {names} from the targets")

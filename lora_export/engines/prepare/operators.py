@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from lora_export.engines.prepare.problem import TITLES, Problem, of_nodes
+from lora_export.engines.backend import Compiler
+from lora_export.engines.prepare.problem import Problem, of_nodes
 from lora_export.graph.onnx_file import GraphFile
 
 _ONNX = ("", "ai.onnx")
@@ -27,13 +28,6 @@ StringConcat StringNormalizer StringSplit SwiGLU TfIdfVectorizer Unique
 """
 # Operators of ONNX that the parser can't import.
 ABSENT = frozenset(_ABSENT_NAMES.split())
-# ONNX Runtime's own operators that TensorRT-RTX reads as ONNX Runtime means them: their layers in the network
-# were compared with the definitions. The classic parser could not be tried.
-_SAME_NAMES = """
-Gelu MultiHeadAttention SimplifiedLayerNormalization SkipSimplifiedLayerNormalization
-QuantizeLinear DequantizeLinear
-"""
-_SAME_MEANING = {"tensorrt-rtx": frozenset(_SAME_NAMES.split()), "tensorrt": frozenset()}
 # ONNX Runtime writes this operator into ONNX's own domain.
 _STRAY = "SimplifiedLayerNormalization"
 # First parts of the names of ONNX Runtime's quantised operators.
@@ -59,43 +53,43 @@ _HINTS = {
 }
 
 
-def operator_problems(graph: GraphFile, backend: str, lowered: frozenset[str]) -> Iterator[Problem]:
+def operator_problems(graph: GraphFile, compiler: Compiler, lowered: frozenset[str]) -> Iterator[Problem]:
     """Yield the nodes whose operator the parser lacks, or would misread.
 
     Args:
         graph: The graph, functions inlined.
-        backend: ``tensorrt-rtx`` or ``tensorrt``.
+        compiler: The compiler that it is built with.
         lowered: Operators of ONNX Runtime that are handled elsewhere.
     """
     found: dict[tuple[str, str], list[ir.Node]] = defaultdict(list)
     for node in graph.model.graph.all_nodes():
         if node.domain == _CONTRIB and node.op_type in lowered:
             continue
-        if not _is_taken(node, backend):
+        if not _is_taken(node, compiler):
             found[node.domain, node.op_type].append(node)
     for (domain, operator), nodes in found.items():
-        yield from of_nodes(nodes, _reason(domain, backend), _hint(domain, operator))
+        yield from of_nodes(nodes, _reason(domain, compiler), _hint(domain, operator))
 
 
-def _is_taken(node: ir.Node, backend: str) -> bool:
+def _is_taken(node: ir.Node, compiler: Compiler) -> bool:
     if node.domain in _ONNX:
-        return node.op_type not in ABSENT and _is_known(node.op_type, backend)
-    return node.domain == _CONTRIB and node.op_type in _SAME_MEANING[backend]
+        return node.op_type not in ABSENT and _is_known(node.op_type, compiler)
+    return node.domain == _CONTRIB and node.op_type in compiler.contrib_operators
 
 
-def _is_known(operator: str, backend: str) -> bool:
+def _is_known(operator: str, compiler: Compiler) -> bool:
     """Return whether ONNX has an operator of that name, or ONNX Runtime has put one there."""
     import onnx
 
-    return bool(onnx.defs.has(operator)) or (operator == _STRAY and operator in _SAME_MEANING[backend])
+    return bool(onnx.defs.has(operator)) or (operator == _STRAY and operator in compiler.contrib_operators)
 
 
-def _reason(domain: str, backend: str) -> str:
+def _reason(domain: str, compiler: Compiler) -> str:
     if domain in _ONNX:
-        return f"{TITLES[backend]} has no such operator"
+        return f"{compiler.title} has no such operator"
     if domain == _CONTRIB:
-        return f"ONNX Runtime's own operator, which {TITLES[backend]} does not have"
-    return f"operator of the domain {domain!r}, which {TITLES[backend]} does not know"
+        return f"ONNX Runtime's own operator, which {compiler.title} does not have"
+    return f"operator of the domain {domain!r}, which {compiler.title} does not know"
 
 
 def _hint(domain: str, operator: str) -> str:

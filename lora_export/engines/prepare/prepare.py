@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lora_export.engines import compiler_of
 from lora_export.engines.prepare.dtypes import dtype_notes, dtype_problems
 from lora_export.engines.prepare.lower_nbits import lower_nbits, nbits_problems
 from lora_export.engines.prepare.nbits_weight import OPERATOR
@@ -53,21 +54,22 @@ def admit(graph: GraphFile, targets: Mapping[str, Sequence[str]]) -> Admitted:
     name = graph.path.name
     inputs = make_plain(graph)
     for backend, capabilities in targets.items():
+        compiler = compiler_of(backend)
         refuse(
             name,
-            backend,
+            compiler,
             [
                 *inputs.problems,
                 *_port_problems(graph),
-                *operator_problems(graph, backend, frozenset({OPERATOR})),
+                *operator_problems(graph, compiler, frozenset({OPERATOR})),
                 *nbits_problems(graph, capabilities),
-                *quantisation_problems(graph, backend),
-                *dtype_problems(graph, capabilities, backend),
+                *quantisation_problems(graph, compiler),
+                *dtype_problems(graph, capabilities, compiler),
             ],
         )
     seen = tuple(dtype_notes(graph))
     lowered, problems = lower_nbits(graph)
-    refuse(name, next(iter(targets)), problems)
+    refuse(name, compiler_of(next(iter(targets))), problems)
     return Admitted(graph, inputs.exposed, (*inputs.notes, *lowered, *seen))
 
 

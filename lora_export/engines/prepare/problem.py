@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lora_export.engines.backend import Compiler
 from lora_export.errors import EngineBuildError
 from lora_export.sites.node_text import node_text
 
-# The compilers' names for users.
-TITLES = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 # A model has the same problem in each of its layers: more examples would not help.
 _EXAMPLES = 3
 
@@ -43,14 +42,14 @@ def of_places(places: Sequence[str], reason: str, hint: str = "") -> Iterator[Pr
         yield Problem(f"… and {len(places) - shown} more: {reason}", hint)
 
 
-def refuse(name: str, backend: str, problems: Iterable[Problem]) -> None:
+def refuse(name: str, compiler: Compiler, problems: Iterable[Problem]) -> None:
     """Raise `EngineBuildError` with all problems and each hint once; do nothing if there are none."""
     found = list(problems)
     if not found:
         return
     hints = dict.fromkeys(problem.hint for problem in found if problem.hint)
     raise EngineBuildError(
-        f"{name} can't be built by {TITLES.get(backend, backend)} as it is",
+        f"{name} can't be built by {compiler.title} as it is",
         "; ".join(hints),
         [problem.text for problem in found],
     )

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.engines.prepare.problem import TITLES, Problem, of_nodes
+from lora_export.engines.backend import Compiler
+from lora_export.engines.prepare.problem import Problem, of_nodes
 from lora_export.graph.onnx_file import GraphFile
 
 _T = ir.DataType
@@ -23,11 +24,11 @@ _SYMMETRIC = "quantise symmetrically with int8: zero point 0, activations too"
 _BIAS = "keep biases in float (onnxruntime's quantize_static: extra_options={'QuantizeBias': False})"
 
 
-def quantisation_problems(graph: GraphFile, backend: str) -> Iterator[Problem]:
+def quantisation_problems(graph: GraphFile, compiler: Compiler) -> Iterator[Problem]:
     """Yield the nodes that quantise or dequantise in a way that TensorRT can't do, or would misread."""
     found: dict[tuple[str, str], list[ir.Node]] = defaultdict(list)
     for node in graph.model.graph.all_nodes():
-        if node.op_type in _OPERATORS and (problem := _problem(node, TITLES[backend])):
+        if node.op_type in _OPERATORS and (problem := _problem(node, compiler.title)):
             found[problem].append(node)
     for (reason, hint), nodes in found.items():
         yield from of_nodes(nodes, reason, hint)

@@ -19,12 +19,10 @@ from lora_export.engines.record import EngineRecord, platform_here
 from lora_export.engines.source import graph_hashes
 from lora_export.errors import BackendError, BackendUnavailable
 from lora_export.graph.onnx_file import load_graph
-from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
 from lora_export.runtimes.tensorrt.cuda import CudaDevice
 from lora_export.storage.hashes import FileHash, identity_of
 
 _KEPT_ERRORS = 40
-_NAMES = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,9 +48,9 @@ class LoadedEngine:
     device: CudaDevice
 
     @property
-    def is_rtx(self) -> bool:
-        """True if it is an engine of TensorRT-RTX, which compiles kernels while it runs."""
-        return self.record.backend == "tensorrt-rtx"
+    def compiles_at_run(self) -> bool:
+        """True if it compiles its kernels while it runs: an engine of TensorRT-RTX."""
+        return compiler_of(self.record.backend).compiles_at_run
 
 
 class EngineLog:
@@ -108,14 +106,15 @@ def load_engine(path: Path, record: EngineRecord, device_id: int = 0) -> LoadedE
         BackendError: The engine can't run here; every reason is listed.
     """
     device = _checked_device(path, record, device_id)
-    trt = compiler_of(record.backend).load()
+    compiler = compiler_of(record.backend)
+    trt = compiler.load()
     log = EngineLog(trt)
     runtime = trt.Runtime(log.logger)
     if record.options.version_compatible:
         # Such an engine contains host code. The hash in its record shows that lora-export wrote the file.
         runtime.engine_host_code_allowed = True
     data = path.read_bytes()
-    if record.backend == "tensorrt-rtx":
+    if compiler.compiles_at_run:
         _check_validity(path, trt, runtime=runtime, data=data, log=log)
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
@@ -201,16 +200,17 @@ def _check_version(record: EngineRecord, here: str, refusals: _Refusals) -> None
     compared = parts[:1] if record.options.version_compatible else parts
     if all(one == other for one, other in compared):
         return
-    name = _NAMES[record.backend]
+    name = compiler_of(record.backend).title
     refusals.problems.append(f"it was built by {name} {built}, but {here} is installed")
     refusals.hints.append(f"install {name} {built}, or build the engine again")
 
 
 def _gpu_problems(record: EngineRecord, here: str) -> list[str]:
-    if record.backend == "tensorrt-rtx" and here not in RTX_COMPUTE_CAPABILITIES:
+    compiler = compiler_of(record.backend)
+    if compiler.runs_on is not None and here not in compiler.runs_on:
         return [
-            f"the GPU has compute capability {here}, which TensorRT-RTX does not support: it runs on "
-            f"{', '.join(RTX_COMPUTE_CAPABILITIES)}"
+            f"the GPU has compute capability {here}, which {compiler.title} does not support: it runs on "
+            f"{', '.join(compiler.runs_on)}"
         ]
     if here in record.compute_capabilities:
         return []

@@ -24,7 +24,7 @@ class RuntimeCache:
         Raises:
             BackendError: A file is given for classic TensorRT, which compiles nothing while it runs.
         """
-        if file is not None and not loaded.is_rtx:
+        if file is not None and not loaded.compiles_at_run:
             raise BackendError(
                 f"{loaded.path.name} is an engine of classic TensorRT, which has no runtime cache",
                 "omit runtime_cache=",

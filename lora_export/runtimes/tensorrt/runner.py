@@ -48,7 +48,7 @@ class EngineRunner:
         self._cache = RuntimeCache(loaded, options.runtime_cache)
         self._fixed = FixedTensors(loaded.device) if options.cuda_graphs else None
         self._captured: CapturedRuns | None = None
-        if options.cuda_graphs and not loaded.is_rtx:
+        if options.cuda_graphs and not loaded.compiles_at_run:
             self._captured = CapturedRuns(loaded, self.shapes, self._stream, options.cuda_graphs)
         self._context = EngineContext(
             loaded, self._make_context(loaded, options.cuda_graphs > 0), self.shapes, self._stream
@@ -208,7 +208,7 @@ class EngineRunner:
     def _make_context(self, loaded: LoadedEngine, cuda_graph: bool) -> Any:
         # Kept, as a context may refer to its configuration.
         self._config: Any = None
-        if loaded.is_rtx:
+        if loaded.compiles_at_run:
             config = self._config = loaded.engine.create_runtime_config()
             self._cache.attach(config)
             if cuda_graph:
