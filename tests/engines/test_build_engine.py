@@ -19,6 +19,7 @@ from lora_export.engines.profiles import ProfileRequest
 from lora_export.engines.record import BuildOptions, read_engine
 from lora_export.errors import BackendError, BackendUnavailable, EngineBuildError, GraphError, OutputError
 from lora_export.graph import data_identity
+from lora_export.machines.packages import PACKAGES
 from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
 from lora_export.storage.hashes import sha256_of
 
@@ -315,9 +316,7 @@ def test_what_cannot_be_built(options, said, tmp_path, monkeypatch):
 
 def test_a_compiler_that_is_not_installed(tmp_path, monkeypatch):
     model = product(tmp_path / "m.onnx")
-    monkeypatch.setattr(
-        "lora_export.engines.tensorrt_rtx.TensorRTRTX.distributions", ("no-such-distribution",)
-    )
+    monkeypatch.setitem(PACKAGES, "tensorrt_rtx", ("no-such-distribution",))
     with pytest.raises(BackendUnavailable, match="pip install 'lora-export\\[rtx\\]'"):
         build_engine(model, "sm89", tmp_path / "out")
 

@@ -12,6 +12,7 @@ import lora_export.engines.record as records
 from lora_export import AdapterSession, BackendError, BackendUnavailable, OutputError
 from lora_export.engines import compiler_of
 from lora_export.engines.record import BuildOptions, record_path
+from lora_export.machines.packages import PACKAGES
 from lora_export.runtimes.tensorrt import engine as tensorrt_engine
 from lora_export.runtimes.tensorrt.engine import gpu_compute_capability
 
@@ -101,7 +102,7 @@ def test_no_gpu(machine, tmp_path):
 def test_packages_that_are_missing(machine, tmp_path, monkeypatch, backend, extra):
     engine = swap_engine(tmp_path, backend=backend)
     kind = type(compiler_of(backend))
-    monkeypatch.setattr(kind, "distributions", ("no-such-distribution",))
+    monkeypatch.setitem(PACKAGES, kind.package, ("no-such-distribution",))
     monkeypatch.setattr(kind, "version", kind.__mro__[1].version)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(BackendUnavailable, match="can't run here") as refused:
