@@ -28,7 +28,7 @@ _MOST_THREADS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class BenchRequest:
     """The user's request.
 
     Attributes:
@@ -55,18 +55,18 @@ class Wish:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class BenchPlan:
     """The checked plan of a benchmark.
 
     Attributes:
-        wish: The user's request.
+        request: The user's request.
         models: The models as their files describe them.
         contenders: The contenders to time; the others are compared with the first.
         workloads: The workloads that they run.
         notes: Notes on options without effect and on sizes that are smaller than usual.
     """
 
-    wish: Wish
+    request: BenchRequest
     models: tuple[BenchModel, ...]
     contenders: tuple[Contender, ...]
     workloads: tuple[Workload, ...]
@@ -74,46 +74,48 @@ class Plan:
 
     def adapters_for(self, model: BenchModel) -> tuple[AdapterChoice, ...]:
         """Return the adapters to load into a model."""
-        return self.wish.adapters if model.takes_files else ()
+        return self.request.adapters if model.takes_files else ()
 
 
-def plan_bench(wish: Wish, already: Sequence[str] = (), outputs: Mapping[str, Path] | None = None) -> Plan:
+def plan_bench(
+    request: BenchRequest, already: Sequence[str] = (), outputs: Mapping[str, Path] | None = None
+) -> BenchPlan:
     """Read the models, check the request, and return the plan.
 
     Args:
-        wish: The user's request.
+        request: The user's request.
         already: Problems that were found before.
         outputs: Option with its value → the file that it writes, which must not be a timed file.
 
     Raises:
         LoraExportError: The request can't be carried out; all problems are listed.
     """
-    problems = [*already, *_number_problems(wish)]
-    models, unreadable = _read_all(wish.models)
+    problems = [*already, *_number_problems(request)]
+    models, unreadable = _read_all(request.models)
     problems += [
         *unreadable,
-        *_provider_problems(wish.opening, models),
-        *overlap_problems(outputs or {}, wish.models, models, wish.adapters),
+        *_provider_problems(request.opening, models),
+        *overlap_problems(outputs or {}, request.models, models, request.adapters),
     ]
-    if len(models) < len(wish.models):  # the other checks need all models
+    if len(models) < len(request.models):  # the other checks need all models
         raise _refused(problems)
     first = models[0]
-    problems += [*_input_problems(models), *adapter_problems(wish.adapters, models)]
-    sequences, pasts, smaller = choose_sizes(models, wish.sequences, wish.pasts)
-    workloads = plan_workloads(first, wish.batches, sequences, pasts)
-    if wish.pasts and not has_cache(first):
+    problems += [*_input_problems(models), *adapter_problems(request.adapters, models)]
+    sequences, pasts, smaller = choose_sizes(models, request.sequences, request.pasts)
+    workloads = plan_workloads(first, request.batches, sequences, pasts)
+    if request.pasts and not has_cache(first):
         problems.append(f"--past: {first.label} has no key-value cache (omit it)")
     if not problems:
         problems += _shape_problems(models, workloads)
     if problems:
         raise _refused(problems)
-    contenders = plan_contenders(models, wish.adapters)
-    return Plan(
-        wish=wish,
+    contenders = plan_contenders(models, request.adapters)
+    return BenchPlan(
+        request=request,
         models=tuple(models),
         contenders=contenders,
         workloads=workloads,
-        notes=(*_notes(wish, models), *smaller),
+        notes=(*_notes(request, models), *smaller),
     )
 
 
@@ -138,9 +140,9 @@ def _one_line(error: LoraExportError) -> str:
     return f"{error.message}{more}{hint}"
 
 
-def _number_problems(wish: Wish) -> list[str]:
-    sequences = (1,) if wish.sequences is None else wish.sequences
-    limits = [("--batch", wish.batches, 1), ("--sequence", sequences, 1), ("--past", wish.pasts, 0)]
+def _number_problems(request: BenchRequest) -> list[str]:
+    sequences = (1,) if request.sequences is None else request.sequences
+    limits = [("--batch", request.batches, 1), ("--sequence", sequences, 1), ("--past", request.pasts, 0)]
     problems = [
         f"{flag} {value}: give at least {least}"
         for flag, values, least in limits
@@ -150,15 +152,15 @@ def _number_problems(wish: Wish) -> list[str]:
     problems += [f"{flag} names no size" for flag, values, least in limits if least and not values]
     problems += [
         f"{flag} {value:g}: give a number above 0"
-        for flag, value in (("--seconds", wish.seconds), ("--narrow", wish.narrow))
+        for flag, value in (("--seconds", request.seconds), ("--narrow", request.narrow))
         if not (value > 0 and math.isfinite(value))
     ]
-    threads = wish.opening.threads
+    threads = request.opening.threads
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
         problems.append(f"--threads {threads}: give 1 to {_MOST_THREADS}")
-    if wish.seed < 0:
-        problems.append(f"--seed {wish.seed}: give at least 0")
-    if wish.opening.cuda_graph and wish.opening.provider == "cpu":
+    if request.seed < 0:
+        problems.append(f"--seed {request.seed}: give at least 0")
+    if request.opening.cuda_graph and request.opening.provider == "cpu":
         problems.append("--cuda-graph needs --provider cuda")
     return problems
 
@@ -216,12 +218,12 @@ def _shape_problems(models: Sequence[BenchModel], workloads: Sequence[Workload])
     return list(found)
 
 
-def _notes(wish: Wish, models: Sequence[BenchModel]) -> Iterable[str]:
+def _notes(request: BenchRequest, models: Sequence[BenchModel]) -> Iterable[str]:
     if not has_cache(models[0]) and not has_sequence(models[0]):
         yield f"{models[0].label} reads no sequence: --sequence has no effect"
-    if wish.opening.threads is not None and any(model.kind == "engine" for model in models):
+    if request.opening.threads is not None and any(model.kind == "engine" for model in models):
         yield "--threads has no effect on engines"
-    named = [adapter.name for adapter in wish.adapters if adapter.path is not None]
+    named = [adapter.name for adapter in request.adapters if adapter.path is not None]
     for model in models:
         if named and model.mode == "bank" and not model.takes_files:
             yield f"{model.label} runs its own {', '.join(named)}; nothing was loaded into it"

@@ -12,7 +12,7 @@ from lora_export.bench.adapters import AdapterLoading, Swapping, load_adapters, 
 from lora_export.bench.contenders import AdapterChoice, Contender
 from lora_export.bench.load_probe import Job, Loaded, measure_loading
 from lora_export.bench.opened import Opened, Opening, opened
-from lora_export.bench.plan import Plan, Wish, plan_bench
+from lora_export.bench.plan import BenchPlan, BenchRequest, plan_bench
 from lora_export.bench.result import BenchReport, ModelFacts, Row, Table
 from lora_export.bench.rounds import Rounds, Run, measure
 from lora_export.bench.statistics import summarise
@@ -74,7 +74,7 @@ def run_bench(
         LoraExportError: The benchmark can't be run; all problems are listed. If only one runtime refuses its
             model, it is that runtime's error.
     """
-    wish = Wish(
+    request = BenchRequest(
         models=(Path(model), *map(Path, against)),
         adapters=tuple(
             AdapterChoice(name, None if path is None else Path(path))
@@ -88,11 +88,11 @@ def run_bench(
         narrow=narrow,
         seed=seed,
     )
-    return carry_out(plan_bench(wish), progress)
+    return carry_out(plan_bench(request), progress)
 
 
 @same_inputs(at_end=True)
-def carry_out(plan: Plan, progress: Say | None = None) -> BenchReport:
+def carry_out(plan: BenchPlan, progress: Say | None = None) -> BenchReport:
     """Run a planned benchmark and return its results; see `run_bench`."""
     # The plan, the hashes and the results are all about these states of the files.
     note_states(state for model in plan.models for state in model.states)
@@ -109,7 +109,7 @@ def carry_out(plan: Plan, progress: Say | None = None) -> BenchReport:
         tables = list(_time_all(plan, runs, progress))
         progress("swapping adapters", _TIMED)
         swapping = list(_swap_all(plan, sessions))
-    devices = [plan.wish.opening.device_of(model) for model in plan.models]
+    devices = [plan.request.opening.device_of(model) for model in plan.models]
     facts = tuple(
         ModelFacts(
             label=model.label,
@@ -130,56 +130,56 @@ def carry_out(plan: Plan, progress: Say | None = None) -> BenchReport:
         swapping=tuple(swapping),
         environment=read_environment("cuda" in devices),
         load_average=(before, load_average()),
-        settings=_settings(plan.wish),
-        timed=plan.wish.opening.timed(),
+        settings=_settings(plan.request),
+        timed=plan.request.opening.timed(),
         notes=plan.notes,
     )
 
 
-def _settings(wish: Wish) -> dict[str, object]:
+def _settings(request: BenchRequest) -> dict[str, object]:
     return {
-        "seconds": wish.seconds,
-        "narrow": wish.narrow,
-        "seed": wish.seed,
-        "provider": wish.opening.provider,
-        "threads": wish.opening.threads,
-        "cuda_graph": wish.opening.cuda_graph,
+        "seconds": request.seconds,
+        "narrow": request.narrow,
+        "seed": request.seed,
+        "provider": request.opening.provider,
+        "threads": request.opening.threads,
+        "cuda_graph": request.opening.cuda_graph,
     }
 
 
-def _contender_of(plan: Plan, number: int) -> Contender:
+def _contender_of(plan: BenchPlan, number: int) -> Contender:
     """Return a model's first contender."""
     return next(one for one in plan.contenders if one.model is plan.models[number])
 
 
-def _probe_all(plan: Plan, progress: Say) -> list[Loaded]:
+def _probe_all(plan: BenchPlan, progress: Say) -> list[Loaded]:
     found = []
     for number, model in enumerate(plan.models):
         share = _HASHED + (_PROBED - _HASHED) * number / len(plan.models)
         progress(f"opening {model.label} alone", share)
         job = Job(
             contender=_contender_of(plan, number),
-            opening=plan.wish.opening,
+            opening=plan.request.opening,
             adapters=plan.adapters_for(model),
             workloads=plan.workloads,
-            seed=plan.wish.seed,
+            seed=plan.request.seed,
         )
         found.append(measure_loading(job))
     return found
 
 
-def _open_all(plan: Plan, stack: contextlib.ExitStack) -> list[Opened]:
+def _open_all(plan: BenchPlan, stack: contextlib.ExitStack) -> list[Opened]:
     sessions, errors = [], []
     for model in plan.models:
         try:
-            sessions.append(stack.enter_context(opened(model, plan.wish.opening)))
+            sessions.append(stack.enter_context(opened(model, plan.request.opening)))
         except LoraExportError as error:
             errors.append((model.label, error))
     _raise(errors, "can't be opened")
     return sessions
 
 
-def _load_all(plan: Plan, sessions: Sequence[Opened]) -> list[AdapterLoading]:
+def _load_all(plan: BenchPlan, sessions: Sequence[Opened]) -> list[AdapterLoading]:
     found, errors = [], []
     for number, model in enumerate(plan.models):
         try:
@@ -190,7 +190,7 @@ def _load_all(plan: Plan, sessions: Sequence[Opened]) -> list[AdapterLoading]:
     return found
 
 
-def _trial_runs(plan: Plan, sessions: Sequence[Opened]) -> dict[Workload, list[Run]]:
+def _trial_runs(plan: BenchPlan, sessions: Sequence[Opened]) -> dict[Workload, list[Run]]:
     """Return the runs to time, each tried once, so that a runtime's refusal is known before the timing."""
     runs: dict[Workload, list[Run]] = {workload: [] for workload in plan.workloads}
     errors = []
@@ -212,14 +212,14 @@ def _trial_runs(plan: Plan, sessions: Sequence[Opened]) -> dict[Workload, list[R
 
 
 def _runner(
-    plan: Plan,
+    plan: BenchPlan,
     sessions: Sequence[Opened],
     contender: Contender,
     workload: Workload,
     adapter: str | None = None,
 ) -> Run:
     number = next(n for n, model in enumerate(plan.models) if model is contender.model)
-    feeds = make_feeds(contender.model, workload, plan.wish.seed)
+    feeds = make_feeds(contender.model, workload, plan.request.seed)
     choice = contender.choice(workload.batch) if adapter is None else {"adapter": adapter}
     return sessions[number].runner(feeds, choice)
 
@@ -234,8 +234,8 @@ def _raise(errors: Sequence[tuple[str, LoraExportError]], what: str) -> None:
         raise BackendError(f"{len(errors)} of the benchmark's models or runs {what}", problems=problems)
 
 
-def _time_all(plan: Plan, runs: Mapping[Workload, list[Run]], progress: Say) -> Iterator[Table]:
-    left = plan.wish.seconds
+def _time_all(plan: BenchPlan, runs: Mapping[Workload, list[Run]], progress: Say) -> Iterator[Table]:
+    left = plan.request.seconds
     for number, workload in enumerate(plan.workloads):
         waiting = len(plan.workloads) - number
         start = _OPENED + (_TIMED - _OPENED) * number / len(plan.workloads)
@@ -245,8 +245,8 @@ def _time_all(plan: Plan, runs: Mapping[Workload, list[Run]], progress: Say) -> 
         rounds = measure(
             runs[workload],
             seconds=left / waiting,
-            narrow=plan.wish.narrow,
-            seed=plan.wish.seed + number,
+            narrow=plan.request.narrow,
+            seed=plan.request.seed + number,
             tick=functools.partial(_tick, progress, workload.label, start=start, span=span),
         )
         left = max(left - rounds.seconds, 0.0)
@@ -257,7 +257,7 @@ def _tick(progress: Say, what: str, share: float, start: float, span: float) -> 
     progress(what, start + span * share)
 
 
-def _table(plan: Plan, workload: Workload, rounds: Rounds) -> Table:
+def _table(plan: BenchPlan, workload: Workload, rounds: Rounds) -> Table:
     rows = []
     for number, contender in enumerate(plan.contenders):
         latency = summarise(rounds.times_s[number])
@@ -278,14 +278,14 @@ def _table(plan: Plan, workload: Workload, rounds: Rounds) -> Table:
     return Table(workload, rounds.count, rounds.stopped_by, tuple(rows))
 
 
-def _swap_all(plan: Plan, sessions: Sequence[Opened]) -> Iterator[Swapping]:
+def _swap_all(plan: BenchPlan, sessions: Sequence[Opened]) -> Iterator[Swapping]:
     """Yield the cost of switching adapters in the smallest workload, for each swap model."""
-    names = [adapter.name for adapter in plan.wish.adapters]
+    names = [adapter.name for adapter in plan.request.adapters]
     workload = min(plan.workloads, key=lambda work: (work.tokens or work.batch, work.past))
     for model in plan.models:
         if model.mode != "swap" or len(names) < 2:
             continue
         contender = Contender(model.label, model)
         runs = [_runner(plan, sessions, contender, workload, adapter=name) for name in names]
-        seconds = min(plan.wish.seconds * _SWAPPING_SHARE, _SWAPPING_S)
+        seconds = min(plan.request.seconds * _SWAPPING_SHARE, _SWAPPING_S)
         yield measure_swapping(model.label, workload, runs, seconds)

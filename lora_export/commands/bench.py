@@ -17,7 +17,7 @@ from lora_export.commands.whole import Whole
 from lora_export.untrusted.places import exists, is_folder
 
 if TYPE_CHECKING:
-    from lora_export.bench.plan import Wish
+    from lora_export.bench.plan import BenchRequest
     from lora_export.reports.files import ReportFile
 
 _PATH = click.Path(path_type=Path)
@@ -119,7 +119,7 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
     drawn = plot.suffix[1:] if plot is not None and plot.suffix[1:] in PICTURES else ""
     files = asked_for("bench", options.pop("reports"), plot=(plot, drawn), html=(options.pop("html"), "html"))
     outputs = {str(file): file.path for file in files}
-    plan = plan_bench(_wish(model, options), _file_problems(files, force), outputs)
+    plan = plan_bench(_request(model, options), _file_problems(files, force), outputs)
     if dry_run:
         print_lines(plan_lines(plan))
         return
@@ -130,20 +130,20 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
         print_json(report_json(report).rstrip("\n"))
     else:
         print_lines(report_lines(report))
-    reads = files_read(plan.wish.models, plan.models, plan.wish.adapters)
+    reads = files_read(plan.request.models, plan.models, plan.request.adapters)
     for path in write_reports("bench", report, files=files, force=force, reads=reads):
         if not quiet:
             print_lines([f"wrote {path}"], err=True)
 
 
-def _wish(model: Path, options: dict[str, Any]) -> Wish:
+def _request(model: Path, options: dict[str, Any]) -> BenchRequest:
     """Return the request that the options state."""
     from lora_export.bench.contenders import AdapterChoice
     from lora_export.bench.opened import Opening
-    from lora_export.bench.plan import Wish
+    from lora_export.bench.plan import BenchRequest
 
     named = map(split_named, options["adapters"])
-    return Wish(
+    return BenchRequest(
         models=(model, *options["against"]),
         adapters=tuple(AdapterChoice(name, None if path is None else Path(path)) for name, path in named),
         batches=_each_once(options["batches"]),

@@ -16,7 +16,7 @@ from lora_export.machines.targets import COMPILERS
 
 if TYPE_CHECKING:
     from lora_export.engines.build import BuildReport
-    from lora_export.engines.plan import Wish
+    from lora_export.engines.plan import BuildRequest
     from lora_export.packages.build_kit import KitReport
 
 _PATH = click.Path(path_type=Path)
@@ -116,15 +116,15 @@ def build_engine(model: Path, output: Path, kit: bool, as_json: bool, quiet: boo
         raise click.UsageError(
             "--kit builds no engine: omit --cache-dir, --no-cache, --timing-cache and --verbose"
         )
-    wish = _wish(options)
+    request = _request(options)
     report: BuildReport | KitReport
     warnings: list[str] = []
     if kit:
-        report = write_kits(model, wish, output, **switches)
+        report = write_kits(model, request, output, **switches)
         lines = text.kit_lines(report)
     else:
         with stage_progress(quiet or switches["dry_run"]) as progress:
-            report = carry_out(model, wish, output, progress=progress, **caches, **switches)
+            report = carry_out(model, request, output, progress=progress, **caches, **switches)
         lines = text.build_lines(report, time.monotonic() - started)
         warnings += text.uncached_lines(report)
     if as_json:
@@ -144,11 +144,11 @@ def _cache(folder: Path | None, off: bool) -> Path | bool:
     return folder or not off
 
 
-def _wish(given: dict[str, Any]) -> Wish:
+def _request(given: dict[str, Any]) -> BuildRequest:
     """Return the build request that the options state."""
     from dataclasses import fields
 
-    from lora_export.engines.plan import Wish
+    from lora_export.engines.plan import BuildRequest
     from lora_export.engines.profiles import ProfileRequest, parse_shapes
     from lora_export.engines.record import BuildOptions
 
@@ -157,4 +157,4 @@ def _wish(given: dict[str, Any]) -> Wish:
     options = BuildOptions(**_take(given, *known), workspace_bytes=workspace and workspace * _MIB)
     shapes = parse_shapes(given.pop("shapes"))
     profiles = [ProfileRequest.parse(text) for text in given.pop("profiles")]
-    return Wish(options=options, shapes=shapes, profiles=profiles, **given)
+    return BuildRequest(options=options, shapes=shapes, profiles=profiles, **given)

@@ -14,7 +14,7 @@ from lora_export import __version__
 from lora_export.engines.backend import DTYPES, Compiler, gpu_name_here
 from lora_export.engines.builder_process import Job
 from lora_export.engines.cache import EngineCache, default_folder, key_of
-from lora_export.engines.plan import BuildPlan, Group, Wish, engine_files, plan_build
+from lora_export.engines.plan import BuildPlan, BuildRequest, Group, engine_files, plan_build
 from lora_export.engines.profiles import ProfileRequest, shape_text
 from lora_export.engines.record import BuildOptions, EngineRecord, Port, Profile, platform_here, record_path
 from lora_export.engines.run_builder import run_worker
@@ -174,7 +174,7 @@ def build_engine(
     """
     names = [targets] if isinstance(targets, str) else list(targets)
     typed = {key: shape_text(sizes) for key, sizes in (shapes or {}).items()}
-    wish = Wish(
+    request = BuildRequest(
         targets=names,
         backend=backend,
         options=options or BuildOptions(),
@@ -187,7 +187,7 @@ def build_engine(
     )
     return carry_out(
         model,
-        wish,
+        request,
         output,
         cache=cache,
         timing_cache=timing_cache,
@@ -201,7 +201,7 @@ def build_engine(
 @same_inputs()
 def carry_out(
     model: PathLike,
-    wish: Wish,
+    request: BuildRequest,
     output: PathLike,
     *,
     cache: PathLike | bool = True,
@@ -212,7 +212,7 @@ def carry_out(
     progress: Say | None = None,
 ) -> BuildReport:
     """Carry out a build request; the other arguments are those of `build_engine`."""
-    plan = plan_build(model, wish)
+    plan = plan_build(model, request)
     if timing_cache is not None:
         _check_timings([group.compiler for group in plan.groups])
     engines = [BuiltEngine(path=plan.engine_path(Path(output), group), group=group) for group in plan.groups]

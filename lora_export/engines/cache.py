@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_export.engines.record import EngineShape
+from lora_export.engines.record import Port
 from lora_export.errors import LoraExportError, OutputError
 from lora_export.storage.folders import refuse_strangers
 from lora_export.storage.hashes import sha256_of
@@ -50,15 +50,6 @@ def default_folder() -> Path:
     return Path(above) / "lora-export" / "engines"
 
 
-@dataclass(frozen=True)
-class _BuiltPort:
-    """An input or output, as the builder said it."""
-
-    name: str
-    dtype: str
-    shape: EngineShape
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Built:
     """The fields of ``built.json``: which engine it is about, and all that is later read of it.
@@ -71,8 +62,8 @@ class _Built:
     build_s: float
     peak_build_bytes: Count
     memory: Mapping[str, Count]
-    inputs: tuple[_BuiltPort, ...]
-    outputs: tuple[_BuiltPort, ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
 
 
 @dataclass(frozen=True)

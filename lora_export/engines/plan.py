@@ -29,7 +29,7 @@ _NAMED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class BuildRequest:
     """A build request: what the user asked for, in the words of `build.build_engine`.
 
     Attributes:
@@ -146,12 +146,12 @@ def engine_files(engine: Path) -> dict[str, Path]:
     return {"engine": engine, "log": engine.with_suffix(".log"), "record": record_path(engine)}
 
 
-def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
+def plan_build(model: PathLike, request: BuildRequest, *, here: bool = True) -> BuildPlan:
     """Read the graph and check everything that needs no compiler.
 
     Args:
         model: The ``.onnx`` file.
-        wish: The build request.
+        request: The build request.
         here: True if this machine builds it.
 
     Raises:
@@ -159,17 +159,17 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
         EngineBuildError: The compiler can't build the graph.
         GraphError: The graph can't be read.
     """
-    groups = _groups(wish)
-    _check_options(groups, wish, here)
+    groups = _groups(request)
+    _check_options(groups, request, here)
     graph = load_graph(model, portable=True)
     reads = tuple(graph_files(graph))
-    name = wish.name or graph.path.stem
+    name = request.name or graph.path.stem
     _check_name(name)
     admitted = admit(graph, _capabilities(groups))
     inputs, outputs = ports_of(admitted.graph)
     requests = [
-        ProfileRequest(request.name, {**wish.shapes, **request.shapes})
-        for request in wish.profiles or [ProfileRequest()]
+        ProfileRequest(profile.name, {**request.shapes, **profile.shapes})
+        for profile in request.profiles or [ProfileRequest()]
     ]
     largest = largest_sizes(admitted.graph)
     profiles = make_profiles(inputs, admitted.exposed, largest, requests)
@@ -178,9 +178,9 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
         admitted,
         profiles,
         targets=targets,
-        adapters=wish.adapters,
-        options=wish.options,
-        ignore_memory=wish.ignore_memory,
+        adapters=request.adapters,
+        options=request.options,
+        ignore_memory=request.ignore_memory,
     )
     return BuildPlan(
         name=name,
@@ -192,7 +192,7 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
         inputs=inputs,
         outputs=outputs,
         profiles=profiles,
-        options=wish.options,
+        options=request.options,
         notes=tuple(_beyond(inputs, profiles, largest)),
         reads=reads,
     )
@@ -213,10 +213,10 @@ def _beyond(inputs: Sequence[Port], profiles: Sequence[Profile], largest: Mappin
                 yield f"profile '{profile.name}': {role} to {sizes[role]}, but the model has {most} positions"
 
 
-def _groups(wish: Wish) -> list[Group]:
-    targets = _targets(wish.targets)
-    compilers = [compiler_of(wish.backend or target.compilers[0]) for target in targets]
-    if not wish.together:
+def _groups(request: BuildRequest) -> list[Group]:
+    targets = _targets(request.targets)
+    compilers = [compiler_of(request.backend or target.compilers[0]) for target in targets]
+    if not request.together:
         return [Group((target,), compiler) for target, compiler in zip(targets, compilers, strict=True)]
     if len({compiler.name for compiler in compilers}) > 1 or not compilers[0].anywhere:
         raise BackendError(
@@ -267,7 +267,7 @@ def _check_name(name: str) -> None:
         )
 
 
-def _check_options(groups: Sequence[Group], wish: Wish, here: bool) -> None:
+def _check_options(groups: Sequence[Group], request: BuildRequest, here: bool) -> None:
     problems: list[str] = []
     hints: list[str] = []
     # A compiler that builds anywhere builds for the same GPUs on every machine.
@@ -283,18 +283,18 @@ def _check_options(groups: Sequence[Group], wish: Wish, here: bool) -> None:
     if refused := [
         problem
         for compiler in {group.compiler.name: group.compiler for group in groups}.values()
-        for problem in compiler.option_problems(wish.options, here)
+        for problem in compiler.option_problems(request.options, here)
     ]:
         problems += refused
         hints.append("omit these options")
     known = len(problems)
-    level, workspace = wish.options.optimization_level, wish.options.workspace_bytes
+    level, workspace = request.options.optimization_level, request.options.workspace_bytes
     if level is not None and not 0 <= level <= 5:
         problems.append(f"optimization_level is {level}, wanted 0 to 5")
     if workspace is not None and workspace < 1:
         problems.append(f"workspace_bytes is {workspace}, wanted at least 1")
-    if wish.adapters < 0:
-        problems.append(f"adapters is {wish.adapters}, wanted 0 or more")
+    if request.adapters < 0:
+        problems.append(f"adapters is {request.adapters}, wanted 0 or more")
     if len(problems) > known:
         hints.append("give numbers within these limits")
     if problems:

@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lora_export.engines.plan import BuildPlan, Group, Wish, plan_build
+from lora_export.engines.plan import BuildPlan, BuildRequest, Group, plan_build
 from lora_export.engines.profiles import ProfileRequest
 from lora_export.engines.record import EngineSource, Profile
 from lora_export.engines.source import serialize
@@ -82,13 +82,13 @@ class KitReport:
 
 @same_inputs()
 def write_kits(
-    model: PathLike, wish: Wish, output: PathLike, *, force: bool = False, dry_run: bool = False
+    model: PathLike, request: BuildRequest, output: PathLike, *, force: bool = False, dry_run: bool = False
 ) -> KitReport:
     """Write a folder ``<name>.<target>.kit`` for each target.
 
     Args:
         model: The ``.onnx`` file.
-        wish: The build request; this machine need not be able to build it.
+        request: The build request; this machine need not be able to build it.
         output: The folder to write into.
         force: Replace existing kits, if nothing was added to them.
         dry_run: Check everything and write nothing.
@@ -96,7 +96,7 @@ def write_kits(
     Raises:
         LoraExportError: As for `engines.build.build_engine`, except problems of the machine that builds.
     """
-    plan = plan_build(model, wish, here=False)
+    plan = plan_build(model, request, here=False)
     _check_inputs(plan.profiles)
     kits = tuple(Path(output) / f"{plan.name}.{group.label}.kit" for group in plan.groups)
     report = KitReport(

@@ -29,7 +29,7 @@ from lora_export.cli import _run, root
 from lora_export.commands import COMMANDS
 from lora_export.commands.recipe import Recipe
 from lora_export.engines.memory.fit import check_fits
-from lora_export.engines.plan import Wish, plan_build
+from lora_export.engines.plan import BuildRequest, plan_build
 from lora_export.errors import BackendError, CheckpointError, LoraExportError
 from lora_export.formats.given import named_adapters
 from lora_export.machines.targets import find_target
@@ -482,7 +482,7 @@ class Wide(nn.Module):
 def test_weights_are_to_be_streamed_where_that_helps(layers, tmp_path, monkeypatch):
     with tiny.quiet():
         torch.onnx.export(Wide(layers), (torch.randn(2, 512),), tmp_path / "m.onnx", dynamo=False)
-    plan = plan_build(tmp_path / "m.onnx", Wish(targets=["rtx-4090"]))
+    plan = plan_build(tmp_path / "m.onnx", BuildRequest(targets=["rtx-4090"]))
     estimate = plan.groups[0].fits[0].estimate
     from dataclasses import replace
 

@@ -31,7 +31,7 @@ from lora_export import (
 )
 from lora_export.cli import main as command_line
 from lora_export.demo.run import REPORT, save_report
-from lora_export.engines.plan import Wish
+from lora_export.engines.plan import BuildRequest
 from lora_export.integrity.check import FileState
 from lora_export.modes.capture_onnx import capture_onnx
 from lora_export.packages.build_kit import write_kits
@@ -137,7 +137,9 @@ def engine(base, folder):
 
 
 def kit(base, folder):
-    (path,) = write_kits(product(folder.parent / "k.onnx"), Wish(targets=["orin-nano-8gb"]), folder).kits
+    (path,) = write_kits(
+        product(folder.parent / "k.onnx"), BuildRequest(targets=["orin-nano-8gb"]), folder
+    ).kits
     return path
 
 

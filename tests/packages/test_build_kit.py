@@ -23,7 +23,7 @@ from exposed_models import group
 from onnx import helper
 
 from lora_export import swap_onnx
-from lora_export.engines.plan import Wish
+from lora_export.engines.plan import BuildRequest
 from lora_export.engines.profiles import ProfileRequest
 from lora_export.engines.record import BuildOptions, read_engine
 from lora_export.errors import BackendError, EngineBuildError, OutputError
@@ -84,8 +84,10 @@ def shell(kit, env, *arguments):
 @pytest.fixture
 def kit(tmp_path):
     swap_onnx(tiny.base_onnx("llama", "dynamo"), tmp_path / "m.onnx", adapter=tiny.adapter("llama"))
-    wish = Wish(targets=["orin-nano-8gb"], shapes=SMALL, options=BuildOptions(workspace_bytes=5 << 20))
-    (path,) = write_kits(tmp_path / "m.onnx", wish, tmp_path / "kits").kits
+    request = BuildRequest(
+        targets=["orin-nano-8gb"], shapes=SMALL, options=BuildOptions(workspace_bytes=5 << 20)
+    )
+    (path,) = write_kits(tmp_path / "m.onnx", request, tmp_path / "kits").kits
     moved = tmp_path / "on the device"  # nothing in it knows where it was made
     shutil.move(path, moved)
     (tmp_path / "m.onnx").unlink()
@@ -140,7 +142,7 @@ def test_with_lora_export_on_the_device_it_is_used(kit, tmp_path):
     tool.chmod(0o755)
     done = shell(kit, {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}, tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    from lora_export.commands.build_engine import _wish, build_engine
+    from lora_export.commands.build_engine import _request, build_engine
 
     context = build_engine.make_context("build-engine", json.loads((tmp_path / "seen").read_text())[1:])
     assert context.params.pop("force")
@@ -148,12 +150,12 @@ def test_with_lora_export_on_the_device_it_is_used(kit, tmp_path):
         context.params.pop(name)
     for name in ("cache_dir", "no_cache"):
         context.params.pop(name)
-    wish = _wish(context.params)
+    request = _request(context.params)
     record = json.loads((kit / "record.json").read_text())
-    assert tuple(wish.targets) == ("orin-nano-8gb",)
-    assert wish.ignore_memory  # it was looked at, or waived, when the kit was made
-    assert wish.options == BuildOptions(workspace_bytes=5 << 20)
-    (request,) = wish.profiles
+    assert tuple(request.targets) == ("orin-nano-8gb",)
+    assert request.ignore_memory  # it was looked at, or waived, when the kit was made
+    assert request.options == BuildOptions(workspace_bytes=5 << 20)
+    (request,) = request.profiles
     assert request.shapes == {
         name: ":".join("x".join(map(str, shape)) for shape in shapes)
         for name, shapes in record["profiles"][0]["shapes"].items()
@@ -196,8 +198,8 @@ def test_several_profiles_and_every_flag(tmp_path):
         workspace_bytes=1,
     )
     requests = [ProfileRequest("a", {"batch": "1"}), ProfileRequest("b", {"batch": "2:3:4"})]
-    wish = Wish(targets=["jetson-thor"], options=options, profiles=requests, name="my model")
-    (path,) = write_kits(product(tmp_path / "m.onnx"), wish, tmp_path).kits
+    request = BuildRequest(targets=["jetson-thor"], options=options, profiles=requests, name="my model")
+    (path,) = write_kits(product(tmp_path / "m.onnx"), request, tmp_path).kits
     text = (path / "build.sh").read_text()
     for flag in (
         *("--profile=0", "--profile=1", "--refit", "--stripWeights", "--allowWeightStreaming"),
@@ -230,9 +232,9 @@ def test_the_command_writes_it(tmp_path, capsys):
 @pytest.mark.parametrize("late", [False, True])
 def test_a_kit_to_which_something_was_added_is_not_replaced(late, tmp_path, monkeypatch):
     """``sh build.sh`` in it builds the engine into it."""
-    model, wish = product(tmp_path / "m.onnx"), Wish(targets=["orin-nano-8gb"])
-    (kit,) = write_kits(model, wish, tmp_path / "kits").kits
-    write_kits(model, wish, tmp_path / "kits", force=True)
+    model, request = product(tmp_path / "m.onnx"), BuildRequest(targets=["orin-nano-8gb"])
+    (kit,) = write_kits(model, request, tmp_path / "kits").kits
+    write_kits(model, request, tmp_path / "kits", force=True)
     engine, own = kit / "m.orin-nano-8gb.engine", OutputSet.commit
 
     def build(outputs=None, *check):
@@ -245,40 +247,40 @@ def test_a_kit_to_which_something_was_added_is_not_replaced(late, tmp_path, monk
     else:
         build()
     with pytest.raises(OutputError, match="files that its record does not list") as caught:
-        write_kits(model, wish, tmp_path / "kits", force=True)
+        write_kits(model, request, tmp_path / "kits", force=True)
     assert caught.value.problems == (engine.name,)
     assert engine.read_bytes() == b"built for an hour"
 
 
 def test_a_folder_that_is_no_kit_is_not_replaced(tmp_path):
-    model, wish = product(tmp_path / "m.onnx"), Wish(targets=["orin-nano-8gb"])
-    (kit,) = write_kits(model, wish, tmp_path / "kits", dry_run=True).kits
+    model, request = product(tmp_path / "m.onnx"), BuildRequest(targets=["orin-nano-8gb"])
+    (kit,) = write_kits(model, request, tmp_path / "kits", dry_run=True).kits
     kit.mkdir(parents=True)
-    write_kits(model, wish, tmp_path / "kits", force=True)  # an empty one may go
+    write_kits(model, request, tmp_path / "kits", force=True)  # an empty one may go
     shutil.rmtree(kit)
     kit.mkdir()
     (kit / "thesis.txt").write_text("mine")
     for sums in ("", f"{'0' * 64}  thesis.txt\n"):
         (kit / "SHA256SUMS").write_text(sums)
         with pytest.raises(OutputError, match="is not a kit that we wrote"):
-            write_kits(model, wish, tmp_path / "kits", force=True)
+            write_kits(model, request, tmp_path / "kits", force=True)
     shutil.rmtree(kit)
     (tmp_path / "elsewhere").mkdir()
     kit.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OutputError, match="is not a folder of a kit"):
-        write_kits(model, wish, tmp_path / "kits", force=True)
+        write_kits(model, request, tmp_path / "kits", force=True)
 
 
 def test_one_graph_serves_several_kits(tmp_path):
     model = product(tmp_path / "m.onnx")
-    report = write_kits(model, Wish(targets=["orin-nano-8gb", "h100-sxm"]), tmp_path / "kits")
+    report = write_kits(model, BuildRequest(targets=["orin-nano-8gb", "h100-sxm"]), tmp_path / "kits")
     assert len(report.kits) == 2
     for path in report.kits:
         onnx.checker.check_model(str(path / "m.onnx"))
     with pytest.raises(OutputError):
-        write_kits(model, Wish(targets=["orin-nano-8gb"]), tmp_path / "kits")
+        write_kits(model, BuildRequest(targets=["orin-nano-8gb"]), tmp_path / "kits")
     with pytest.raises(OutputError, match="exists already"):
-        write_kits(model, Wish(targets=["rtx-4090", "orin-nano-8gb"]), tmp_path / "kits")
+        write_kits(model, BuildRequest(targets=["rtx-4090", "orin-nano-8gb"]), tmp_path / "kits")
     assert not (tmp_path / "kits" / "m.rtx-4090.kit").exists(), "nothing is written when one is refused"
 
 
@@ -289,7 +291,9 @@ NAMES = ["x y", "x:0", "a=b", 'x"y', "/x", "é"]
 def test_inputs_of_any_name(name, tmp_path):
     node = helper.make_node("Relu", [name], ["y"])
     model = graph_of(tmp_path / "m.onnx", [node], [value(name, ["batch", 4])], [value("y", ["batch", 4])])
-    (kit,) = write_kits(model, Wish(targets=["orin-nano-8gb"], name="modèle d'essai"), tmp_path / "kits").kits
+    (kit,) = write_kits(
+        model, BuildRequest(targets=["orin-nano-8gb"], name="modèle d'essai"), tmp_path / "kits"
+    ).kits
     done = shell(kit, fake_tool(tmp_path / "bin"), tmp_path / "out")
     assert done.returncode == 0, done.stderr
     flags = json.loads((tmp_path / "bin" / "seen.json").read_text())
@@ -303,14 +307,14 @@ def test_names_that_trtexec_splits_are_refused(name, tmp_path):
     node = helper.make_node("Relu", [name], ["y"])
     model = graph_of(tmp_path / "m.onnx", [node], [value(name, ["batch", 4])], [value("y", ["batch", 4])])
     with pytest.raises(BackendError, match="trtexec can't be told") as caught:
-        write_kits(model, Wish(targets=["orin-nano-8gb"]), tmp_path / "kits")
+        write_kits(model, BuildRequest(targets=["orin-nano-8gb"]), tmp_path / "kits")
     assert caught.value.problems == (name,)
 
 
 def test_one_engine_for_several_gpus_of_tensorrt_rtx(tmp_path):
     """The tool is told for which, and lora-export to build one."""
-    wish = Wish(targets=["rtx-4090", "rtx-5090"], together=True)
-    (kit,) = write_kits(product(tmp_path / "m.onnx"), wish, tmp_path / "kits").kits
+    request = BuildRequest(targets=["rtx-4090", "rtx-5090"], together=True)
+    (kit,) = write_kits(product(tmp_path / "m.onnx"), request, tmp_path / "kits").kits
     assert "--together" in (kit / "build.sh").read_text()
     done = shell(kit, fake_tool(tmp_path / "bin", name="tensorrt_rtx"), tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -329,17 +333,17 @@ def test_each_compiler_has_its_say(tmp_path):
     onnx.save(model, tmp_path / "m.onnx")
     for names in (["rtx-4090", "orin-nano-8gb"], ["orin-nano-8gb", "rtx-4090"]):
         with pytest.raises(EngineBuildError, match="can't be built by TensorRT as it is"):
-            write_kits(tmp_path / "m.onnx", Wish(targets=names), tmp_path / "kits")
+            write_kits(tmp_path / "m.onnx", BuildRequest(targets=names), tmp_path / "kits")
     # Turing multiplies no float32 with TensorRT-RTX; a T4 with the classic one does.
     model = product(tmp_path / "p.onnx")
-    assert write_kits(model, Wish(targets=["rtx-4090", "t4"]), tmp_path / "kits", dry_run=True).kits
+    assert write_kits(model, BuildRequest(targets=["rtx-4090", "t4"]), tmp_path / "kits", dry_run=True).kits
     with pytest.raises(EngineBuildError, match=r"7\.5"):
-        write_kits(model, Wish(targets=["orin-nano-8gb", "sm75"]), tmp_path / "kits")
+        write_kits(model, BuildRequest(targets=["orin-nano-8gb", "sm75"]), tmp_path / "kits")
 
 
 def test_a_graph_without_varying_sizes(tmp_path):
     (kit,) = write_kits(
-        product(tmp_path / "m.onnx", (2, 4)), Wish(targets=["orin-nano-8gb"]), tmp_path / "kits"
+        product(tmp_path / "m.onnx", (2, 4)), BuildRequest(targets=["orin-nano-8gb"]), tmp_path / "kits"
     ).kits
     assert "--profile" not in (kit / "build.sh").read_text()
     done = shell(kit, fake_tool(tmp_path / "bin"), tmp_path / "out")
@@ -349,7 +353,9 @@ def test_a_graph_without_varying_sizes(tmp_path):
 
 @pytest.fixture
 def small_kit(tmp_path):
-    (kit,) = write_kits(product(tmp_path / "m.onnx"), Wish(targets=["orin-nano-8gb"]), tmp_path / "kits").kits
+    (kit,) = write_kits(
+        product(tmp_path / "m.onnx"), BuildRequest(targets=["orin-nano-8gb"]), tmp_path / "kits"
+    ).kits
     return kit
 
 
@@ -530,7 +536,9 @@ def test_trtexec_is_used_where_both_are(kit, tmp_path):
 def test_a_kit_for_a_compiler_that_never_builds_for_it_is_refused(tmp_path):
     with pytest.raises(BackendError, match="omit --backend tensorrt-rtx"):
         write_kits(
-            product(tmp_path / "m.onnx"), Wish(targets=["orin-nano-8gb"], backend="tensorrt-rtx"), tmp_path
+            product(tmp_path / "m.onnx"),
+            BuildRequest(targets=["orin-nano-8gb"], backend="tensorrt-rtx"),
+            tmp_path,
         )
 
 

@@ -12,7 +12,7 @@ from engine_graphs import graph_of, value
 from onnx import helper
 
 from lora_export.commands.build_engine import build_engine
-from lora_export.engines.plan import Wish
+from lora_export.engines.plan import BuildRequest
 from lora_export.engines.profiles import ProfileRequest
 from lora_export.engines.record import read_engine
 from lora_export.errors import BackendError
@@ -98,10 +98,10 @@ def recorded(tmp_path):
     return call
 
 
-def kit_of(folder, name, wish):
+def kit_of(folder, name, request):
     node = helper.make_node("Relu", [name], ["out"])
     model = graph_of(folder / "m.onnx", [node], [value(name, ["batch", 4])], [value("out", ["batch", 4])])
-    (kit,) = write_kits(model, wish, folder / "kits").kits
+    (kit,) = write_kits(model, request, folder / "kits").kits
     return kit
 
 
@@ -121,7 +121,7 @@ def test_an_input_of_any_name(pattern, compiler, recorded, tmp_path):
     """Once with the compiler's own tool, once with lora-export: each gets the name, and nothing else runs."""
     target, _, tool = compiler.partition(":")
     name = pattern.format(mark=recorded.mark)
-    kit = kit_of(tmp_path, name, Wish(targets=[target]))
+    kit = kit_of(tmp_path, name, BuildRequest(targets=[target]))
     ((called, *flags),) = recorded(kit, tool)
     assert called == tool
     for flag in ("--minShapes", "--optShapes", "--maxShapes"):
@@ -147,7 +147,7 @@ def test_an_input_of_any_name(pattern, compiler, recorded, tmp_path):
 )
 def test_a_model_of_any_name(name, recorded, tmp_path):
     name = name.replace("{mark}", recorded.mark.name).replace("{{", "{").replace("}}", "}")
-    kit = kit_of(tmp_path, "x", Wish(targets=["orin-nano-8gb"], name=name))
+    kit = kit_of(tmp_path, "x", BuildRequest(targets=["orin-nano-8gb"], name=name))
     ((_, *flags),) = recorded(kit, "trtexec")
     assert f"--onnx={kit / name}.onnx" in flags
     assert read_engine(tmp_path / "out" / f"{name}.orin-nano-8gb.engine")
@@ -159,13 +159,13 @@ def test_a_model_of_any_name(name, recorded, tmp_path):
 @pytest.mark.parametrize("name", ["x\0y", "\0"])
 def test_what_no_program_can_be_given_is_refused(name, tmp_path):
     with pytest.raises(BackendError, match="trtexec can't be told"):
-        kit_of(tmp_path, name, Wish(targets=["orin-nano-8gb"]))
+        kit_of(tmp_path, name, BuildRequest(targets=["orin-nano-8gb"]))
 
 
 @pytest.mark.parametrize("name", ["x\ny", "x/y", "\x1b[31m", os.fsdecode(b"\xff")])
 def test_a_name_that_is_no_files_is_refused(name, tmp_path):
     with pytest.raises(BackendError, match="can't begin a file's name"):
-        kit_of(tmp_path, "x", Wish(targets=["orin-nano-8gb"], name=name))
+        kit_of(tmp_path, "x", BuildRequest(targets=["orin-nano-8gb"], name=name))
 
 
 @pytest.mark.parametrize("first", ["@B@", "x@B@y", "@@B@@", "\\1", "\\g<0>"])

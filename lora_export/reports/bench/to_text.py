@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lora_export.bench.plan import Plan
+from lora_export.bench.plan import BenchPlan
 from lora_export.bench.result import BenchReport, ModelFacts, Row, Table
 from lora_export.bench.statistics import Interval
 from lora_export.reports.adapter.to_text import human_bytes
@@ -45,12 +45,12 @@ def report_text(report: BenchReport) -> str:
     return "\n".join(shown_lines(report_lines(report))) + "\n"
 
 
-def plan_lines(plan: Plan) -> list[str]:
+def plan_lines(plan: BenchPlan) -> list[str]:
     """Return the lines that ``--dry-run`` prints."""
-    wish, count = plan.wish, len(plan.contenders)
+    request, count = plan.request, len(plan.contenders)
     lines = [
         f"{model.label}: {' '.join(filter(None, [model.mode, model.kind]))}, "
-        f"{human_bytes(model.size_bytes)}, on {wish.opening.device_of(model)}"
+        f"{human_bytes(model.size_bytes)}, on {request.opening.device_of(model)}"
         for model in plan.models
     ]
     works = [work.label for work in plan.workloads]
@@ -63,7 +63,7 @@ def plan_lines(plan: Plan) -> list[str]:
         else f"would time {count} contenders, compared with the first:",
         *(f"  {contender.label}" for contender in plan.contenders),
         f"in {'one workload' if len(works) == 1 else f'{len(works)} workloads'}: {', '.join(works)}",
-        f"until {known} is narrower than {wish.narrow:.1%}, or for {wish.seconds:g} s",
+        f"until {known} is narrower than {request.narrow:.1%}, or for {request.seconds:g} s",
     ]
     return lines + [f"note: {note}" for note in plan.notes]
 

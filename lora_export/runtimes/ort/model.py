@@ -31,7 +31,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Port:
+class OrtInput:
     """An input of the graph.
 
     Attributes:
@@ -99,7 +99,7 @@ class OrtModel:
         """Read what the graph says of its LoRA tensors, and compare it with the graph."""
         self.record = exposed_of(self.session.get_modelmeta().custom_metadata_map, str(path))
         ports = {
-            port.name: Port(port.name, port.type, tuple(port.shape), required)
+            port.name: OrtInput(port.name, port.type, tuple(port.shape), required)
             for listed, required in (
                 (self.session.get_inputs(), True),
                 (self.session.get_overridable_initializers(), False),
@@ -216,7 +216,7 @@ def _as_bound(value: Array | OrtValue) -> Array | OrtValue:
     return host_value(values) if values.dtype.kind == "V" else values
 
 
-def _check_record(record: ExposedGraph, ports: Mapping[str, Port], path: Path) -> None:
+def _check_record(record: ExposedGraph, ports: Mapping[str, OrtInput], path: Path) -> None:
     expected = record.input_names()
     if record.mode == "bank":
         expected += [WEIGHTS_INPUT, record.batch_input]
