@@ -82,12 +82,13 @@ def test_layers_are_imported_downwards_only():
 
 def test_plug_ins_do_not_import_their_siblings():
     """Registered files (an operator, a format, a mode, a verb) stand alone."""
+    from lora_export.base.kinds import KINDS
     from lora_export.commands import COMMANDS
     from lora_export.formats import FORMATS
     from lora_export.formats.schemes import SCHEMES
     from lora_export.sites import OPERATORS
 
-    targets = [*COMMANDS.values(), *FORMATS.values(), *SCHEMES.values(), *OPERATORS.values()]
+    targets = [*COMMANDS.values(), *FORMATS.values(), *SCHEMES.values(), *OPERATORS.values(), *KINDS.values()]
     plug_ins = {target.partition(":")[0] for target in targets}
     plug_ins |= {f"lora_export.modes.{path.stem}" for path in (PACKAGE / "modes").glob("[!_]*.py")}
     wrong = []

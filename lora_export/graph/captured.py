@@ -2,8 +2,8 @@
 
 It is two entries of the graph's own metadata, each JSON, so that the graph can be compiled or served without
 the checkpoint: `MODEL_KEY` ``{"kind", "kv_cache", "dtype", "vocab_size"}`` and `DIMS_KEY` ``{"sequence":
-{"max": 2048}, …}``, by the names that the graph's inputs give their dimensions. A dimension without a limit
-has no entry.
+{"max": 2048}, "samples": {"min": 720}, …}``, by the names that the graph's inputs give their dimensions. A
+dimension without a limit has no entry.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ _AGAIN = "capture the checkpoint again"
 DTYPES = ("float32", "float16", "bfloat16")
 BATCH, SEQUENCE, DECODER_SEQUENCE = "batch", "sequence", "decoder_sequence"
 PAST_SEQUENCE, TOTAL_SEQUENCE = "past_sequence", "total_sequence"
-Kind = Literal["decoder", "encoder", "vision", "encoder-decoder"]
+# Models with two batches: every text is compared with every image.
+TEXT_BATCH, IMAGE_BATCH = "text_batch", "image_batch"
+SAMPLES = "samples"
+Kind = Literal["decoder", "encoder", "vision", "audio", "text-image", "encoder-decoder"]
 
 
 @dataclass(frozen=True)
 class _Dim:
     """An entry of `DIMS_KEY`."""
 
-    max: Size
+    max: Size | None = None
+    min: Size | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,7 @@ class Captured:
         dtype: Type that it computes in, one of `DTYPES`.
         vocab_size: Number of token ids, if it reads tokens.
         largest: Name of a dimension → the largest size that the model has positions for.
+        smallest: Name of a dimension → the smallest size that the model can read, if that is not 1.
     """
 
     kind: Kind
@@ -50,13 +55,17 @@ class Captured:
     dtype: str
     vocab_size: Size | None = None
     largest: Mapping[str, Size] = field(default_factory=dict)
+    smallest: Mapping[str, Size] = field(default_factory=dict)
 
     def to_metadata(self) -> dict[str, str]:
         """Return the entries of a graph's metadata."""
         model: dict[str, object] = {"kind": self.kind, "kv_cache": self.kv_cache, "dtype": self.dtype}
         if self.vocab_size is not None:
             model["vocab_size"] = self.vocab_size
-        dims = {name: {"max": size} for name, size in self.largest.items()}
+        dims: dict[str, dict[str, int]] = {}
+        for limit, sizes in (("max", self.largest), ("min", self.smallest)):
+            for name, size in sizes.items():
+                dims.setdefault(name, {})[limit] = size
         return {MODEL_KEY: json.dumps(model, sort_keys=True), DIMS_KEY: json.dumps(dims, sort_keys=True)}
 
     @classmethod
@@ -76,15 +85,18 @@ class Captured:
             for key in (MODEL_KEY, DIMS_KEY)
         )
         problems: list[str] = []
-        largest = {}
+        largest, smallest = {}, {}
         try:
             found = check_plain(Mapping[str, _Dim], dims, "dims")
-            largest = {name: dim.max for name, dim in found.items()}
+            largest = {name: dim.max for name, dim in found.items() if dim.max is not None}
+            smallest = {name: dim.min for name, dim in found.items() if dim.min is not None}
         except FieldError as error:
             problems += error.problems
         try:
             # Written flat: the sizes have an entry of their own.
-            record = from_plain(cls, {**model, "largest": largest} if isinstance(model, dict) else model)
+            record = from_plain(
+                cls, {**model, "largest": largest, "smallest": smallest} if isinstance(model, dict) else model
+            )
             if record.dtype not in DTYPES:
                 problems.append(f"dtype: {record.dtype!r}, wanted one of {', '.join(DTYPES)}")
         except FieldError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lora_export.graph.captured import BATCH, PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE
+from lora_export.graph.captured import BATCH, PAST_SEQUENCE, SAMPLES, SEQUENCE, TOTAL_SEQUENCE
 
 _TEXT_INPUTS = re.compile(r"(^|[._/])(input_ids|token_type_ids|position_ids|attention_mask|inputs_embeds)$")
 _PAST_INPUTS = re.compile(r"^past(_key_values|_key|_value|\b)")
@@ -39,7 +39,14 @@ def _role_by_name(symbol: str) -> str | None:
         return PAST_SEQUENCE
     if text.startswith("batch") or text in ("b", "n"):
         return BATCH
+    if text == SAMPLES:
+        return SAMPLES
     return SEQUENCE if "seq" in text else None
+
+
+def is_batch(dim: int | str | None) -> bool:
+    """Return whether a dimension's name says that it counts rows: ``batch``, ``image_batch``."""
+    return isinstance(dim, str) and ("batch" in dim.lower() or _role_by_name(dim) == BATCH)
 
 
 def _role_by_input(name: str, axis: int) -> str | None:

@@ -109,7 +109,8 @@ class Laws:
             return
         rows = self._rows(states, feed.batch)
         actual = self.candidate.run(feed.values, rows)
-        names = [name for name in pairs if actual[name].shape[:1] == (feed.batch,)]
+        crossed = self.candidate.about.crossed
+        names = [name for name in pairs if actual[name].shape[:1] == (feed.batch,) and name not in crossed]
         if len(set(rows)) > 1:
             self.mixed_states |= set(rows)
             expected = {
@@ -158,6 +159,8 @@ class Laws:
             return ["no batch of several rows: permuted and lone rows were not checked"]
         if not self.alone:
             return ["the size of the batch can't be changed: lone rows were not checked"]
+        if crossed := sorted(self.candidate.about.crossed):
+            return [f"{', '.join(crossed)}: of pairs of rows; permuted and lone rows were not checked there"]
         return []
 
     def _rows(self, states: Sequence[State], batch: int) -> list[State]:

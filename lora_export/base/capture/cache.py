@@ -49,7 +49,13 @@ class CachedDecoder:
 
 def switch_cache(model: Any, used: bool) -> None:
     """Switch a model's cache on or off, also of the language model inside a vision–language model."""
-    for config in (model.config, model.config.get_text_config()):
+    configs = [model.config, model.config.get_text_config()]
+    if not used:
+        # Also of models inside it that have a config of their own, as T5's decoder does. Some must not be
+        # switched on: its encoder has none.
+        found = (getattr(module, "config", None) for module in model.modules())
+        configs += [config for config in found if getattr(config, "use_cache", None)]
+    for config in configs:
         config.use_cache = used
 
 

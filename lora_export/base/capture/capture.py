@@ -5,7 +5,7 @@ The graph says in its metadata what it was captured from, see `lora_export.graph
 
 from __future__ import annotations
 
-import inspect
+import functools
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,6 +16,7 @@ from lora_export.base.capture.cache import name_total, switch_cache, with_cache
 from lora_export.base.capture.export import (
     finish,
     first_line,
+    named_tensors,
     quiet,
     require,
     run_module,
@@ -33,16 +34,14 @@ from lora_export.base.capture.loading import (
 from lora_export.base.capture.without_weights import Traced, graph_without_weights
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
+from lora_export.base.kinds import kind_of
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph.captured import (
-    BATCH,
-    DECODER_SEQUENCE,
     DTYPES,
     PAST_SEQUENCE,
     SEQUENCE,
     TOTAL_SEQUENCE,
     Captured,
-    Kind,
 )
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.onnx_file import save_graph
@@ -53,6 +52,8 @@ from lora_export.untrusted.places import is_file
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
+
+    from lora_export.base.kinds.model_kind import ModelKind
 
 Trace = Literal["loaded", "outline"]
 TRACES: tuple[Trace, ...] = ("loaded", "outline")
@@ -177,14 +178,15 @@ def _prepare(model: Any, path: Path, dtype: str, kv_cache: bool) -> tuple[Traced
 
     _batch_experts(model)
     with torch.device(model.device):
-        inputs = example_inputs(model, path)
+        kind = _kind_of(model, path)
+        inputs = kind.example_inputs(model, path)
         switch_cache(model, True)
         outputs = run_module(model, inputs)
         switch_cache(model, False)
-        captured = _describe(model, outputs, dtype, kv_cache)
+        captured = _describe(model, kind, outputs, dtype=dtype, kv_cache=kv_cache)
         if not kv_cache:
-            shapes = {name: _dynamic(name) for name in inputs}
-            return Traced(inputs=inputs, shapes=shapes, output_names=tensor_names(outputs)), captured
+            shapes = {name: _dynamic(kind, name, captured.smallest) for name in inputs}
+            return Traced(inputs=inputs, shapes=shapes, output_names=_only_tensors(model, outputs)), captured
         made = with_cache(model, inputs, outputs, str(path))
     traced = Traced(
         inputs=made.inputs,
@@ -194,6 +196,28 @@ def _prepare(model: Any, path: Path, dtype: str, kv_cache: bool) -> tuple[Traced
         has_cache=True,
     )
     return traced, captured
+
+
+def _only_tensors(model: Any, outputs: Any) -> list[str] | None:
+    """Return the names of the outputs that are tensors, and have the model return only these.
+
+    The exporter would take others apart (an output of each of CLIP's towers) or fail on them (a cache).
+    """
+    names = tensor_names(outputs)
+    if names is None or all(
+        value is None or hasattr(value, "shape") or isinstance(value, tuple | list)
+        for value in outputs.values()
+    ):
+        return names
+    forward = model.forward
+
+    # With the parameters of the model's own, by which the exporter calls it.
+    @functools.wraps(forward)
+    def tensors(*given: Any, **named: Any) -> dict[str, torch.Tensor]:
+        return named_tensors(forward(*given, **named))
+
+    model.forward = tensors
+    return names
 
 
 def capture_module(
@@ -234,44 +258,20 @@ def _save(graph: ir.Model, output: Path) -> Path:
     return output
 
 
-def _describe(model: Any, outputs: Mapping[str, Any], dtype: str, kv_cache: bool) -> Captured:
-    config = model.config.get_text_config()
-    kind: Kind = "encoder"
-    if getattr(model.config, "is_encoder_decoder", False):
-        kind = "encoder-decoder"
-    elif model.main_input_name == "pixel_values":
-        return Captured(kind="vision", kv_cache=kv_cache, dtype=dtype)
-    elif any(outputs.get(name) is not None for name in ("past_key_values", "cache_params")):
-        kind = "decoder"
-    longest = longest_of(model, config)
-    dims = [SEQUENCE]
-    dims += [DECODER_SEQUENCE] * (kind == "encoder-decoder") + [PAST_SEQUENCE, TOTAL_SEQUENCE] * kv_cache
-    largest = dict.fromkeys(dims, longest) if longest else {}
+def _describe(
+    model: Any, kind: ModelKind, outputs: Mapping[str, Any], dtype: str, kv_cache: bool
+) -> Captured:
+    largest = kind.largest(model)
+    if kv_cache and SEQUENCE in largest:
+        largest |= dict.fromkeys((PAST_SEQUENCE, TOTAL_SEQUENCE), largest[SEQUENCE])
     return Captured(
-        kind=kind,
+        kind=kind.word(outputs),
         kv_cache=kv_cache,
         dtype=dtype,
-        vocab_size=getattr(config, "vocab_size", None),
+        vocab_size=kind.vocab_size(model),
         largest=largest,
+        smallest=kind.smallest(model),
     )
-
-
-def longest_of(model: Any, config: Any) -> int | None:
-    """Return the number of positions of a transformers model; None if its config doesn't tell.
-
-    Args:
-        model: The module.
-        config: Config of its text model.
-    """
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return None
-    for name, module in model.named_modules():
-        # RoBERTa and similar models begin to count after the padding token's id.
-        padding = getattr(module, "padding_idx", None)
-        if name.endswith("position_embeddings") and padding is not None and module.num_embeddings == limit:
-            return limit - int(padding) - 1
-    return limit
 
 
 def _batch_experts(model: Any) -> None:
@@ -286,52 +286,30 @@ def _batch_experts(model: Any) -> None:
 
 
 def example_inputs(model: Any, path: Path) -> dict[str, Any]:
-    """Return inputs that a model runs with: ids, masks of 1, black images.
-
-    The ids differ: of equal ones attention gives the same whatever its mask is.
+    """Return inputs that a model runs with.
 
     Args:
         model: A transformers model.
-        path: Its folder, for messages.
+        path: Its folder.
 
     Raises:
-        CheckpointError: The model's kind of input is unknown.
+        CheckpointError: The model's kind of input is unknown, or the folder does not say what it is like.
     """
+    return _kind_of(model, path).example_inputs(model, path)
+
+
+def _kind_of(model: Any, path: Path) -> ModelKind:
+    if kind := kind_of(model):
+        return kind
+    raise CheckpointError(
+        f"{path}: no example inputs are known for a model that reads {model.main_input_name!r}",
+        EXPORT_YOURSELF,
+    )
+
+
+def _dynamic(kind: ModelKind, name: str, smallest: Mapping[str, int]) -> dict[int, Any]:
     import torch
 
-    config = model.config
-    accepted = inspect.signature(model.forward).parameters
-    if "pixel_values" in accepted and model.main_input_name == "pixel_values":
-        size = getattr(config, "image_size", None)
-        if size is None:
-            raise CheckpointError(
-                f"{path}/config.json has no image_size, which the graph needs", EXPORT_YOURSELF
-            )
-        size = size if isinstance(size, int) else max(size)
-        return {"pixel_values": torch.zeros(2, config.num_channels, size, size, dtype=model.dtype)}
-    if model.main_input_name != "input_ids":
-        raise CheckpointError(
-            f"{path}: no example inputs are known for a model that reads {model.main_input_name!r}",
-            EXPORT_YOURSELF,
-        )
-    text = config.get_text_config()
-    ids = torch.arange(3, 3 + 2 * 7) % (getattr(text, "vocab_size", None) or 2)
-    inputs = {"input_ids": ids.reshape(2, 7)}
-    # Models without token types still accept the argument (GPT-2 takes it for word ids). PaliGemma's tell
-    # where attention goes in both directions.
-    types = getattr(config, "type_vocab_size", None) or getattr(text, "use_bidirectional_attention", None)
-    for name in ("attention_mask", "token_type_ids"):
-        if name in accepted and (name == "attention_mask" or types):
-            inputs[name] = torch.full((2, 7), int(name == "attention_mask"), dtype=torch.int64)
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids[:10].reshape(2, 5)
-    return inputs
-
-
-def _dynamic(name: str) -> dict[int, Any]:
-    import torch
-
-    axes: dict[int, Any] = {0: torch.export.Dim(BATCH)}
-    if name != "pixel_values":
-        axes[1] = torch.export.Dim(DECODER_SEQUENCE if name.startswith("decoder") else SEQUENCE)
-    return axes
+    return {
+        axis: torch.export.Dim(dim, min=smallest.get(dim, 0) or None) for axis, dim in kind.axes(name).items()
+    }

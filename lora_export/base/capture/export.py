@@ -60,11 +60,24 @@ def _without_values(module: torch.nn.Module) -> contextlib.AbstractContextManage
     return mode
 
 
+def named_tensors(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors of a module's output object by the graph's names for them, in the exporter's order.
+
+    They are ``logits``, and of a tuple ``hidden_states.0``, ``hidden_states.1`` … Caches and the output
+    objects of modules inside it are left out.
+    """
+    found = {}
+    for name, value in outputs.items():
+        if hasattr(value, "shape"):
+            found[str(name)] = value
+        elif isinstance(value, tuple | list):
+            found |= named_tensors({f"{name}.{place}": part for place, part in enumerate(value)})
+    return found
+
+
 def tensor_names(outputs: Any) -> list[str] | None:
-    """Name the graph's outputs as the module's output object does (``logits``, ``last_hidden_state``)."""
-    if not isinstance(outputs, Mapping):
-        return None
-    return [str(name) for name, value in outputs.items() if hasattr(value, "shape")]
+    """Return the graph's names of a module's outputs; None for a module that returns no output object."""
+    return list(named_tensors(outputs)) if isinstance(outputs, Mapping) else None
 
 
 def trace_module(

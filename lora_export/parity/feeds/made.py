@@ -18,6 +18,7 @@ from lora_export.graph.captured import (
     BATCH,
     DECODER_SEQUENCE,
     PAST_SEQUENCE,
+    SAMPLES,
     SEQUENCE,
     TOTAL_SEQUENCE,
     Captured,
@@ -199,6 +200,7 @@ class _Maker:
             past = int(self._random.integers(min(2, most), most + 1))
         lengths = {BATCH: batch, PAST_SEQUENCE: past, TOTAL_SEQUENCE: past + sequence}
         lengths |= {SEQUENCE: sequence, DECODER_SEQUENCE: after, self._sizes.main: sequence}
+        lengths[SAMPLES] = self._sizes.samples(number)
         lengths |= self._sizes.fixed
         masks = {}
         for later, side in enumerate(LENGTHS):

@@ -9,6 +9,7 @@ from lora_export.graph.captured import (
     BATCH,
     DECODER_SEQUENCE,
     PAST_SEQUENCE,
+    SAMPLES,
     SEQUENCE,
     TOTAL_SEQUENCE,
     Captured,
@@ -20,7 +21,7 @@ DEFAULT_BATCHES, DEFAULT_SEQUENCES = (1, 4), (1, 16)
 _MAX_PAST = 7
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Sizes of a graph's dimensions, by the role names of `captured`.
 
@@ -28,12 +29,14 @@ class Sizes:
         roles: Roles that occur.
         fixed: Role → its fixed size.
         largest: Role → its largest size.
+        smallest: Role → its smallest size, if that is not 1.
         problems: Lines on axes whose size is unknown, or that contradict each other.
     """
 
     roles: frozenset[str]
     fixed: dict[str, int]
     largest: dict[str, int]
+    smallest: dict[str, int]
     problems: tuple[str, ...]
 
     @classmethod
@@ -42,25 +45,37 @@ class Sizes:
         roles: set[str] = set()
         fixed: dict[str, int] = {}
         problems = []
+        smallest = dict(captured.smallest) if captured else {}
         for port, axis, role in sizes_by_role(ports):
             dim = port.shape[axis]
             if role is not None:
                 roles.add(role)
             if isinstance(dim, int) and role is not None and fixed.setdefault(role, dim) != dim:
                 problems.append(f"{port.name}: {port.text}, but another input fixes {role} at {fixed[role]}")
-            if not isinstance(dim, int) and role is None:
+            unknown = role is None or (role == SAMPLES and role not in smallest)
+            if not isinstance(dim, int) and unknown:
                 problems.append(f"{port.name}: {port.text}, the size of axis {axis} is unknown")
         largest = dict(captured.largest) if captured else {}
         for port in ports:
             if port.kind == "positions" and port.rows is not None:
                 largest = dict.fromkeys((SEQUENCE, TOTAL_SEQUENCE), port.rows) | largest
-        return cls(frozenset(roles), fixed, largest, tuple(problems))
+        return cls(
+            roles=frozenset(roles),
+            fixed=fixed,
+            largest=largest,
+            smallest=smallest,
+            problems=tuple(problems),
+        )
 
     @property
     def main(self) -> str:
         """The role that a requested sequence sets: the decoder's in a graph without an encoder's tokens."""
         alone = DECODER_SEQUENCE in self.roles and SEQUENCE not in self.roles
         return DECODER_SEQUENCE if alone else SEQUENCE
+
+    def samples(self, number: int) -> int:
+        """Return the number of samples of a sound in the feed of a number: not always the same."""
+        return (2 + number % 3) * self.smallest.get(SAMPLES, 1) + number
 
     def pasts(self, sequence: int) -> tuple[int, int]:
         """Return the smallest and largest past that may precede so many new tokens."""

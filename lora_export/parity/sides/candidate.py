@@ -17,6 +17,7 @@ from lora_export.errors import AdapterError, BackendError
 from lora_export.graph.captured import Captured
 from lora_export.graph.exposed import KEY, UNHASHED, WEIGHTS_INPUT, ExposedGraph, exposed_of
 from lora_export.graph.onnx_file import GraphFile, load_graph
+from lora_export.graph.roles import is_batch
 from lora_export.graph.stored_types import StoredTypes, stored_types
 from lora_export.parity.feeds.made import InputPort, ports_of_graph
 from lora_export.parity.judge.limits import STEP
@@ -43,6 +44,7 @@ class About:
         captured: The graph's metadata on its model; None if we did not capture it.
         record: The LoRA record; None without exposed LoRA.
         sha256: Identity of the file.
+        crossed: Names of outputs that compare each row of one batch with each of another.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class About:
     captured: Captured | None = None
     record: ExposedGraph | None = None
     sha256: str = ""
+    crossed: frozenset[str] = frozenset()
 
     @property
     def dtype(self) -> str:
@@ -297,7 +300,16 @@ def describe(path: Path, provider: Provider | None) -> About:
         captured=Captured.from_metadata(metadata),
         record=record,
         sha256=_identity(graph),
+        crossed=frozenset(
+            output.name or ""
+            for output in graph.graph.outputs
+            if _is_crossed([dim if isinstance(dim, int) else dim.value for dim in output.shape or ()])
+        ),
     )
+
+
+def _is_crossed(dims: Sequence[int | str | None]) -> bool:
+    return len(dims) > 1 and all(is_batch(dim) for dim in dims[:2])
 
 
 def _identity(graph: GraphFile) -> str:
@@ -334,4 +346,5 @@ def _describe_engine(path: Path, engine: EngineRecord) -> About:
         captured=Captured.from_metadata(engine.metadata),
         record=record,
         sha256=engine.sha256,
+        crossed=frozenset(port.name for port in engine.outputs if _is_crossed(port.dims)),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lora_export.base.capture.capture import longest_of
+from lora_export.base.kinds.model_kind import longest_of
 from lora_export.graph.captured import Captured
 from lora_export.parity.feeds.sizes import DEFAULT_SEQUENCES, LENGTHS
 from lora_export.parity.sides.candidate import About

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_export.adapter import Adapter, Array
 from lora_export.base.capture.cache import switch_cache
 from lora_export.base.capture.capture import example_inputs
-from lora_export.base.capture.export import first_line, quiet, require, tensor_names
+from lora_export.base.capture.export import first_line, named_tensors, quiet, require
 from lora_export.base.capture.loading import load_model
 from lora_export.errors import AdapterError, BackendError
 from lora_export.runtimes.torch.float64 import in_float64
@@ -243,9 +243,8 @@ class TorchReference:
         return self._named(result) | (_present(result) if cached else {})
 
     def _named(self, result: Any) -> dict[str, Any]:
-        names = tensor_names(result)
-        if names is not None:
-            return {name: result[name] for name in names}
+        if isinstance(result, Mapping):
+            return named_tensors(result)
         tensors = [result] if hasattr(result, "shape") else [v for v in result if hasattr(v, "shape")]
         names = list(self._names) or [f"output_{number}" for number in range(len(tensors))]
         return dict(zip(names, tensors, strict=True))

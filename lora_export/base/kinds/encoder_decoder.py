@@ -1,0 +1,33 @@
+"""Models that read one text and go on with another: T5, BART, Marian."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_export.base.kinds.model_kind import DECODER_TOKENS, ModelKind, text_inputs, token_ids
+from lora_export.graph.captured import DECODER_SEQUENCE, SEQUENCE, Kind
+
+
+class EncoderDecoder(ModelKind):
+    """Both halves in one graph, without caches: scores of a given answer."""
+
+    def takes(self, model: Any) -> bool:
+        """Return whether a transformers model is of this kind."""
+        return model.main_input_name == "input_ids" and bool(
+            getattr(model.config, "is_encoder_decoder", False)
+        )
+
+    def example_inputs(self, model: Any, folder: Path) -> dict[str, Any]:
+        """Return ids and masks of the encoder, and ids of the decoder."""
+        return text_inputs(model) | {"decoder_input_ids": token_ids(model, tokens=DECODER_TOKENS)}
+
+    def word(self, outputs: Mapping[str, Any]) -> Kind:
+        """Return the word for it."""
+        return "encoder-decoder"
+
+    def largest(self, model: Any) -> dict[str, int]:
+        """Return the number of positions, which both halves have."""
+        found = super().largest(model)
+        return found | {DECODER_SEQUENCE: found[SEQUENCE]} if found else found

@@ -1,0 +1,113 @@
+"""What a capture has to know of a model: inputs that it runs with, and which of their axes are free."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, SEQUENCE, Kind
+
+# Sizes of the examples that no other dimension of a model has; the rows are those of one batch.
+ROWS, TOKENS, DECODER_TOKENS = 2, 7, 5
+
+
+class ModelKind(ABC):
+    """A kind of model; it holds nothing."""
+
+    @abstractmethod
+    def takes(self, model: Any) -> bool:
+        """Return whether a transformers model is of this kind."""
+
+    @abstractmethod
+    def example_inputs(self, model: Any, folder: Path) -> dict[str, Any]:
+        """Return inputs that the model runs with, on its device.
+
+        Args:
+            model: A transformers model.
+            folder: Its folder.
+
+        Raises:
+            CheckpointError: The folder does not say what the inputs are like.
+        """
+
+    def axes(self, name: str) -> dict[int, str]:
+        """Return the free axes of an input and their names; by default those of tokens."""
+        return {0: BATCH, 1: DECODER_SEQUENCE if name.startswith("decoder") else SEQUENCE}
+
+    @abstractmethod
+    def word(self, outputs: Mapping[str, Any]) -> Kind:
+        """Return the graph's word for the kind, given what the model returned for the example."""
+
+    def largest(self, model: Any) -> dict[str, int]:
+        """Return the name of each free axis that has a largest size; by default those of positions."""
+        longest = longest_of(model, model.config.get_text_config())
+        return {SEQUENCE: longest} if longest else {}
+
+    def smallest(self, model: Any) -> dict[str, int]:
+        """Return the name of each free axis that has a smallest size above 1."""
+        return {}
+
+    def vocab_size(self, model: Any) -> int | None:
+        """Return the number of token ids; None if it reads none, or it is unknown."""
+        size = getattr(model.config.get_text_config(), "vocab_size", None)
+        return None if size is None else int(size)
+
+
+def token_ids(model: Any, rows: int = ROWS, tokens: int = TOKENS) -> Any:
+    """Return ids ``[rows, tokens]`` that differ: of equal ones attention gives the same under each mask."""
+    import torch
+
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or rows
+    return (torch.arange(3, 3 + rows * tokens) % vocabulary).reshape(rows, tokens)
+
+
+def text_inputs(model: Any) -> dict[str, Any]:
+    """Return ids and what belongs to them: a mask of 1, and token types of 0 if the model has some."""
+    import torch
+
+    config, accepted = model.config, parameters_of(model)
+    inputs = {"input_ids": token_ids(model)}
+    # Models without token types still accept the argument (GPT-2 takes it for word ids). PaliGemma's tell
+    # where attention goes in both directions.
+    text = config.get_text_config()
+    types = getattr(config, "type_vocab_size", None) or getattr(text, "use_bidirectional_attention", None)
+    for name in ("attention_mask", "token_type_ids"):
+        if name in accepted and (name == "attention_mask" or types):
+            inputs[name] = torch.full((ROWS, TOKENS), int(name == "attention_mask"), dtype=torch.int64)
+    return inputs
+
+
+def noise(model: Any, *shape: int) -> Any:
+    """Return random values of a shape in the model's dtype; zeros on the meta device, which has no values."""
+    import torch
+
+    if model.device.type == "meta":
+        return torch.zeros(shape, dtype=model.dtype)
+    generator = torch.Generator(device=model.device).manual_seed(0)
+    return torch.randn(shape, generator=generator).to(model.dtype)
+
+
+def parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a model's ``forward``."""
+    return inspect.signature(model.forward).parameters
+
+
+def longest_of(model: Any, config: Any) -> int | None:
+    """Return the number of positions of a transformers model; None if its config doesn't tell.
+
+    Args:
+        model: The module.
+        config: Config of its text model.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa and similar models begin to count after the padding token's id.
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None and module.num_embeddings == limit:
+            return limit - int(padding) - 1
+    return limit

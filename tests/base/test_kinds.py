@@ -1,0 +1,305 @@
+"""Each kind of model is captured from its folder as it was saved, and answers as PEFT does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from lora_export import AdapterSession, CheckpointError, check_parity, swap_onnx
+from lora_export.base.kinds import KINDS, kind_of
+from lora_export.base.kinds.images import images
+from lora_export.graph.captured import Captured
+
+TOWER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+TEXT = {**TOWER, "vocab_size": 60, "max_position_embeddings": 20, "eos_token_id": 2, "bos_token_id": 1}
+VISION = {**TOWER, "image_size": 32, "patch_size": 8}
+SPEECH = {
+    **TOWER,
+    "conv_dim": (16, 16),
+    "conv_stride": (5, 2),
+    "conv_kernel": (10, 3),
+    "num_feat_extract_layers": 2,
+    "vocab_size": 20,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+WHISPER = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 60,
+    "max_source_positions": 24,
+    "max_target_positions": 20,
+    "num_mel_bins": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+SEGFORMER = {
+    "hidden_sizes": [16, 32],
+    "depths": [1, 1],
+    "num_attention_heads": [1, 2],
+    "sr_ratios": [4, 2],
+    "patch_sizes": [7, 3],
+    "strides": [4, 2],
+    "mlp_ratios": [2, 2],
+    "num_encoder_blocks": 2,
+    "decoder_hidden_size": 32,
+    "num_labels": 5,
+}
+T5 = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 48, "d_kv": 16, "vocab_size": 60}
+AST = {**TOWER, "max_length": 48, "num_mel_bins": 32, "patch_size": 16}
+
+
+def ids(rows: int, tokens: int) -> torch.Tensor:
+    return torch.randint(3, 60, (rows, tokens))
+
+
+def ones(rows: int, tokens: int) -> torch.Tensor:
+    return torch.ones(rows, tokens, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family, and inputs of other sizes than the capture's example.
+
+    Attributes:
+        make: Returns the model.
+        kind: Its key in `KINDS`.
+        word: The graph's word for it.
+        feeds: Returns the inputs.
+        targets: PEFT's ``target_modules``.
+        files: Name → content of files that its processor writes into the folder.
+    """
+
+    make: Callable[[], Any]
+    kind: str
+    word: str
+    feeds: Callable[[], dict[str, torch.Tensor]]
+    targets: list[str] | str
+    files: dict[str, Any] = field(default_factory=dict)
+
+
+QV, QUERY = ["q_proj", "v_proj"], ["query", "value"]
+CASES = {
+    "wav2vec2": Case(
+        make=lambda: transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**SPEECH)),
+        kind="audio",
+        word="audio",
+        feeds=lambda: {"input_values": torch.randn(3, 333)},
+        targets=QV,
+    ),
+    "wavlm": Case(
+        make=lambda: transformers.WavLMForSequenceClassification(transformers.WavLMConfig(**SPEECH)),
+        kind="audio",
+        word="audio",
+        feeds=lambda: {"input_values": torch.randn(1, 260)},
+        # Its attention reads the weights of q_proj … out_proj itself: PEFT trains nothing there.
+        targets=["intermediate_dense", "output_dense"],
+    ),
+    "ast": Case(
+        make=lambda: transformers.ASTForAudioClassification(transformers.ASTConfig(**AST)),
+        kind="spectrogram",
+        word="audio",
+        feeds=lambda: {"input_values": torch.randn(3, 48, 32)},
+        targets=QV,
+    ),
+    "whisper": Case(
+        make=lambda: transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**WHISPER)),
+        kind="speech-to-text",
+        word="encoder-decoder",
+        feeds=lambda: {"input_features": torch.randn(1, 16, 48), "decoder_input_ids": ids(1, 9)},
+        targets=QV,
+    ),
+    "whisper classifier": Case(
+        make=lambda: transformers.WhisperForAudioClassification(transformers.WhisperConfig(**WHISPER)),
+        kind="speech-to-text",
+        word="audio",
+        feeds=lambda: {"input_features": torch.randn(3, 16, 48)},
+        targets=QV,
+    ),
+    "clip": Case(
+        make=lambda: transformers.CLIPModel(transformers.CLIPConfig(text_config=TEXT, vision_config=VISION)),
+        kind="text-image",
+        word="text-image",
+        feeds=lambda: {
+            "input_ids": ids(4, 9),
+            "attention_mask": ones(4, 9),
+            "pixel_values": torch.randn(3, 3, 32, 32),
+        },
+        targets=QV,
+    ),
+    "siglip": Case(
+        make=lambda: transformers.SiglipModel(
+            transformers.SiglipConfig(text_config=TEXT, vision_config=VISION)
+        ),
+        kind="text-image",
+        word="text-image",
+        feeds=lambda: {
+            "input_ids": ids(1, 20),
+            "attention_mask": ones(1, 20),
+            "pixel_values": torch.randn(3, 3, 32, 32),
+        },
+        targets=QV,
+    ),
+    "segformer": Case(
+        make=lambda: transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**SEGFORMER)),
+        kind="vision",
+        word="vision",
+        feeds=lambda: {"pixel_values": torch.randn(3, 3, 64, 48)},
+        targets="all-linear",
+        files={"preprocessor_config.json": {"size": {"height": 64, "width": 48}}},
+    ),
+    "wide vit": Case(
+        make=lambda: transformers.ViTForImageClassification(
+            transformers.ViTConfig(**TOWER, image_size=[16, 32], patch_size=8)
+        ),
+        kind="vision",
+        word="vision",
+        feeds=lambda: {"pixel_values": torch.randn(3, 3, 16, 32)},
+        targets="all-linear",
+    ),
+    "t5": Case(
+        make=lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**T5, decoder_start_token_id=0)
+        ),
+        kind="encoder-decoder",
+        word="encoder-decoder",
+        feeds=lambda: {
+            "input_ids": ids(3, 4),
+            "attention_mask": ones(3, 4),
+            "decoder_input_ids": ids(3, 6),
+        },
+        targets=["q", "v"],
+    ),
+}
+
+
+def trained(case: Case, folder: Any) -> Any:
+    """Save a base and an adapter whose effect can be measured; return PEFT's model."""
+    torch.manual_seed(0)
+    model = case.make().eval()
+    model.save_pretrained(folder / "base")
+    for name, content in case.files.items():
+        (folder / "base" / name).write_text(json.dumps(content))
+    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=case.targets)).eval()
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    peft.save_pretrained(folder / "adapter")
+    return peft
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_folder_is_captured_as_it_was_saved(name, tmp_path):
+    case = CASES[name]
+    peft = trained(case, tmp_path)
+    kind = kind_of(peft.base_model.model)
+    assert f"{type(kind).__module__}:{type(kind).__name__}" == KINDS[case.kind]
+    swap_onnx(tmp_path / "base", tmp_path / "m.onnx", adapter=tmp_path / "adapter")
+    captured = Captured.from_metadata(
+        {entry.key: entry.value for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
+    )
+    assert captured is not None
+    assert captured.kind == case.word
+    feeds = case.feeds()
+    values = {key: value.numpy() for key, value in feeds.items()}
+    with AdapterSession(tmp_path / "m.onnx") as session, torch.no_grad():
+        session.load_adapter("a", tmp_path / "adapter")
+        adapted = session.run(values, adapter="a")
+        plain = session.run(values)
+        wanted = peft(**feeds)
+        with peft.disable_adapter():
+            base = peft(**feeds)
+    # The module's own outputs under their own names, and no others.
+    assert set(adapted) == {key for key, value in wanted.items() if isinstance(value, torch.Tensor)}
+    moved = 0.0
+    for key, found in adapted.items():
+        scale = wanted[key].abs().max().item()
+        np.testing.assert_allclose(found, wanted[key].numpy(), rtol=0, atol=1e-5 * scale)
+        np.testing.assert_allclose(plain[key], base[key].numpy(), rtol=0, atol=1e-5 * scale)
+        moved = max(moved, (wanted[key] - base[key]).abs().max().item() / scale)
+    assert moved > 1e-2
+
+
+def test_parity_makes_sounds_of_several_lengths(tmp_path):
+    trained(CASES["wav2vec2"], tmp_path)
+    swap_onnx(tmp_path / "base", tmp_path / "m.onnx", adapter=tmp_path / "adapter")
+    report = check_parity(tmp_path / "base", tmp_path / "m.onnx", tmp_path / "adapter", samples=4)
+    assert report.passed
+    lengths = {feed["shapes"]["input_values"][1] for feed in report.feeds}
+    assert len(lengths) > 2
+    # Two frames: (10 + 2 * 5) samples for three outputs of the first convolution, and one step more.
+    assert min(lengths) >= 30
+
+
+def test_parity_of_scores_of_all_pairs(tmp_path):
+    """A score of a text and an image is in no row alone: the laws of rows hold for the embeddings only."""
+    trained(CASES["clip"], tmp_path)
+    swap_onnx(tmp_path / "base", tmp_path / "m.onnx", adapter=tmp_path / "adapter")
+    report = check_parity(tmp_path / "base", tmp_path / "m.onnx", tmp_path / "adapter", samples=2)
+    assert report.passed
+    assert any("logits_per_image, logits_per_text" in note for note in report.notes)
+
+
+class OfSize:
+    """What `images` reads of a model."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "processor", "wanted"),
+    [
+        ({"image_size": 24}, None, (24, 24)),
+        ({"image_size": [16, 24]}, None, (16, 24)),
+        ({"image_size": (16, 24)}, {"size": 99}, (16, 24)),
+        ({}, {"size": {"height": 16, "width": 24}}, (16, 24)),
+        ({}, {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}, (32, 32)),
+        ({}, {"size": {"shortest_edge": 40}}, (40, 40)),
+        ({}, {"size": 20}, (20, 20)),
+    ],
+)
+def test_the_size_of_images(config, processor, wanted, tmp_path):
+    if processor is not None:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    found = images(OfSize(), transformers.PretrainedConfig(**config, num_channels=4), tmp_path)
+    assert found.shape == (2, 4, *wanted)
+
+
+@pytest.mark.parametrize(
+    ("config", "processor", "text"),
+    [
+        ({}, None, "states how large the images are"),
+        ({"image_size": None}, {"size": {"longest_edge": 20}}, "states how large the images are"),
+        ({"image_size": True}, {"size": "20"}, "states how large the images are"),
+        ({"image_size": 0}, None, "0 × 0 pixels"),
+        ({"image_size": [16, 1 << 40]}, None, "pixels"),
+        ({}, {"size": {"height": -3, "width": 8}}, "-3 × 8 pixels"),
+        ({}, [], "states how large the images are"),
+    ],
+)
+def test_a_size_that_is_missing_or_absurd(config, processor, text, tmp_path):
+    if processor is not None:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(CheckpointError, match=text):
+        images(OfSize(), transformers.PretrainedConfig(**config), tmp_path)
