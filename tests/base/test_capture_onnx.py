@@ -121,7 +121,7 @@ def test_images_of_unknown_size(tmp_path):
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=2)
     with tiny.quiet():
         transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
-    with pytest.raises(CheckpointError, match="no image_size"):
+    with pytest.raises(CheckpointError, match="states how large the images are"):
         capture_onnx(tmp_path / "resnet", tmp_path / "m.onnx")
 
 

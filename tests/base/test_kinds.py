@@ -67,6 +67,17 @@ SEGFORMER = {
     "num_labels": 5,
 }
 T5 = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 48, "d_kv": 16, "vocab_size": 60}
+TROCR = {
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 60,
+    "max_position_embeddings": 20,
+    "cross_attention_hidden_size": 32,
+    "decoder_start_token_id": 1,
+    "pad_token_id": 0,
+}
 AST = {**TOWER, "max_length": 48, "num_mel_bins": 32, "patch_size": 16}
 
 
@@ -160,6 +171,20 @@ CASES = {
             "pixel_values": torch.randn(3, 3, 32, 32),
         },
         targets=QV,
+    ),
+    "trocr": Case(
+        make=lambda: transformers.VisionEncoderDecoderModel(
+            transformers.VisionEncoderDecoderConfig(
+                encoder=transformers.ViTConfig(**VISION).to_dict(),
+                decoder=transformers.TrOCRConfig(**TROCR).to_dict(),
+                decoder_start_token_id=1,
+                pad_token_id=0,
+            )
+        ),
+        kind="image-to-text",
+        word="encoder-decoder",
+        feeds=lambda: {"pixel_values": torch.randn(3, 3, 32, 32), "decoder_input_ids": ids(3, 9)},
+        targets=["q_proj", "v_proj", "query", "fc1"],
     ),
     "segformer": Case(
         make=lambda: transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**SEGFORMER)),

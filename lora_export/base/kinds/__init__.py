@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 KINDS: dict[str, str] = {
     "text-image": "lora_export.base.kinds.text_image:TextImage",
+    "image-to-text": "lora_export.base.kinds.image_to_text:ImageToText",
     "vision": "lora_export.base.kinds.vision:Vision",
     "speech-to-text": "lora_export.base.kinds.speech_to_text:SpeechToText",
     "spectrogram": "lora_export.base.kinds.spectrogram:Spectrogram",

@@ -36,7 +36,7 @@ def images(model: Any, config: Any, folder: Path) -> Any:
         ),
         3,
     )
-    return noise(model, ROWS, channels, height, width)
+    return noise(model, (ROWS, channels, height, width))
 
 
 def _size(config: Any, folder: Path) -> tuple[int, int]:

@@ -1,10 +1,10 @@
-"""What a capture has to know of a model: inputs that it runs with, and which of their axes are free."""
+"""Describe a model to a capture: inputs that it runs with, and which of their axes are free."""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +80,14 @@ def text_inputs(model: Any) -> dict[str, Any]:
     return inputs
 
 
-def noise(model: Any, *shape: int) -> Any:
+def noise(model: Any, shape: Sequence[int]) -> Any:
     """Return random values of a shape in the model's dtype; zeros on the meta device, which has no values."""
     import torch
 
     if model.device.type == "meta":
-        return torch.zeros(shape, dtype=model.dtype)
+        return torch.zeros(*shape, dtype=model.dtype)
     generator = torch.Generator(device=model.device).manual_seed(0)
-    return torch.randn(shape, generator=generator).to(model.dtype)
+    return torch.randn(*shape, generator=generator).to(model.dtype)
 
 
 def parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:
