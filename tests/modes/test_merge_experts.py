@@ -58,6 +58,11 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", "intermediate_size",
                {"num_local_experts": EXPERTS, "head_dim": 8, "intermediate_size_mlp": 24,
                 "interleave_moe_layer_step": 1, "num_experts_per_tok": 1}),
+    # Two of its experts compute nothing, and have no down_proj.
+    "longcat_flash": ("LongcatFlashForCausalLM", "LongcatFlashConfig", "expert_ffn_hidden_size",
+                      {"n_routed_experts": EXPERTS, "zero_expert_num": 2, "moe_topk": 2, "num_layers": 2,
+                       "ffn_hidden_size": 24, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+                       "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4}),
     "aria_text": ("AriaTextForCausalLM", "AriaTextConfig", "intermediate_size",
                   {"moe_num_experts": EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 1}),
 }  # fmt: skip
