@@ -214,3 +214,18 @@ def test_exchanged_parameters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError) as raised:
         load_adapter(tmp_path)
     assert "nested in an unknown order" in str(raised.value.problems)
+
+
+def test_a_parameter_that_the_model_lacks_is_taken_out_of_the_config(tmp_path: Path) -> None:
+    """Nemotron-H's experts have no gate_up_proj, and PEFT passes over the name."""
+    write(tmp_path, 10, 8, "0.21.2", True)
+    wanted = changes(load_adapter(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    listed = ["experts.gate_up_proj", "experts.down_proj"]
+    file.write_text(json.dumps({**config, "target_parameters": listed}))
+    with pytest.raises(AdapterError) as raised:
+        load_adapter(tmp_path)
+    assert "take out of the config's target_parameters those" in str(raised.value.problems)
+    file.write_text(json.dumps({**config, "target_parameters": listed[:1]}))
+    np.testing.assert_array_equal(changes(load_adapter(tmp_path)), wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,11 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", "intermediate_size",
                {"num_local_experts": EXPERTS, "head_dim": 8, "intermediate_size_mlp": 24,
                 "interleave_moe_layer_step": 1, "num_experts_per_tok": 1}),
+    # Two of its experts compute nothing, and have no down_proj.
+    "longcat_flash": ("LongcatFlashForCausalLM", "LongcatFlashConfig", "expert_ffn_hidden_size",
+                      {"n_routed_experts": EXPERTS, "zero_expert_num": 2, "moe_topk": 2, "num_layers": 2,
+                       "ffn_hidden_size": 24, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+                       "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4}),
     "aria_text": ("AriaTextForCausalLM", "AriaTextConfig", "intermediate_size",
                   {"moe_num_experts": EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 1}),
 }  # fmt: skip
@@ -170,6 +176,23 @@ def test_files_of_older_peft(family: str, width: int, version: str | None, tmp_p
     with tiny.quiet():
         merged = type(model).from_pretrained(tmp_path / "merged").get_parameter(f"{path}.gate_up_proj")
     torch.testing.assert_close(merged.detach() - parameter, change, rtol=1e-4, atol=1e-4)
+
+
+def test_each_adapter_of_a_blend_has_its_own_layout(tmp_path: Path) -> None:
+    """The same file of square experts, as today's PEFT and as 0.18.1 would have written it."""
+    trained(build("mixtral", 8), tmp_path, target_modules=[], target_parameters=["experts.gate_up_proj"])
+    new, old = tmp_path / "adapter", tmp_path / "old"
+    shutil.copytree(new, old)
+    config = json.loads((old / "adapter_config.json").read_text())
+    (old / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.18.1"}))
+    stored = {"base": load_file(tmp_path / "base/model.safetensors")}
+    for name, adapters in {"new": [new], "old": [old], "both": [old, new]}.items():
+        merge_checkpoint(tmp_path / "base", adapters, tmp_path / f"out-{name}")
+        stored[name] = load_file(tmp_path / f"out-{name}/model.safetensors")
+    assert any(not torch.allclose(stored["new"][name], stored["old"][name]) for name in stored["base"])
+    for name, before in stored["base"].items():
+        wanted = stored["new"][name] + stored["old"][name] - before
+        torch.testing.assert_close(stored["both"][name], wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_a_class_that_is_not_known_is_refused(tmp_path: Path) -> None:

@@ -328,6 +328,20 @@ FOREIGN = {
         f"{Q}weight": (40, 48, INT8), f"{Q}weight_scale": (40, 1, F32),
         f"{Q}weight_zero_point": (40, 1, INT8),
     },
+    # The order of the columns: group g_idx[c] has the scale of column c.
+    "weight_g_idx": {
+        f"{Q}weight": (40, 48, INT8), f"{Q}weight_scale": (40, 3, F32),
+        f"{Q}weight_g_idx": (48, 1, I32),
+    },
+    "hadamard_signs": {
+        f"{Q}weight": (40, 48, E4M3), f"{Q}weight_scale": (40, 1, F32), f"{Q}hadamard_signs": (48, 1, F32),
+    },
+    "divided by model.layers.0.mlp.up_proj.pre_quant_scale": {
+        f"{Q}weight": (40, 48, torch.bfloat16), f"{Q}pre_quant_scale": (48, 1, torch.bfloat16),
+    },
+    "compressed-tensors, sparse: compressed, bitmask": {
+        f"{Q}compressed": (40, 24, F32), f"{Q}bitmask": (40, 6, U8), f"{Q}shape": (2, 1, torch.int64),
+    },
     "how many values share a scale is unknown": {
         f"{Q}weight": (40, 48, E4M3), f"{Q}weight_scale": (7, 5, torch.float32),
     },
@@ -389,6 +403,16 @@ def test_a_method_that_the_tensors_do_not_explain(tmp_path, where):
     save(tmp_path / "base", {f"{PATH}.weight": torch.zeros(40, 48)}, **config)
     adapter(tmp_path / "ad", (40, 48))
     with pytest.raises(CheckpointError, match=r"quantised \(bitnet\)"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "ad", tmp_path / "out")
+
+
+def test_rotated_weights_are_refused(tmp_path):
+    """compressed-tensors' transforms: W·H is stored, and H multiplies the inputs."""
+    config = {"v": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "weight_input"}]}}
+    method = {"quant_method": "compressed-tensors", "transform_config": {"config_groups": config}}
+    save(tmp_path / "base", {f"{PATH}.weight": torch.zeros(40, 48)}, quantization_config=method)
+    adapter(tmp_path / "ad", (40, 48))
+    with pytest.raises(CheckpointError, match="has weights that are rotated"):
         merge_checkpoint(tmp_path / "base", tmp_path / "ad", tmp_path / "out")
 
 

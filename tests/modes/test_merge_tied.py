@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tied_models import BART, FAMILIES, PLAIN, H, V, base_of, config_of, gemma3, inputs_of, logits, reloaded
 
@@ -30,8 +30,6 @@ TOGETHER = {
 
 def trained(model, folder, targets, **options):
     """Save a PEFT adapter with random values, and return what the adapted, unmerged model answers."""
-    from peft import LoraConfig, get_peft_model
-
     settings = {"r": 4, "lora_alpha": 4, "target_modules": targets} | options
     with tiny.quiet():
         peft = get_peft_model(model, LoraConfig(**settings)).eval()
@@ -56,6 +54,27 @@ def test_only_the_trained_one_changes(tmp_path, kind, options, embedding, head, 
     assert not report.plan.refused
     assert tiny.relative_error(reloaded(kind, tmp_path / "out", model), expected) <= 2e-6
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("which", ["backbone.embeddings", "lm_head"])
+def test_a_class_that_ties_nothing_whatever_the_config_says(tmp_path, which):
+    """Transformers' xLSTM has no ``_tied_weights_keys``: its head is a weight of its own, and stays one."""
+    config = transformers.xLSTMConfig(
+        vocab_size=V, hidden_size=H, num_hidden_layers=1, num_blocks=1, num_heads=2, tie_word_embeddings=True
+    )
+    model = base_of("xLSTMForCausalLM", config, tmp_path / "base")
+    with tiny.quiet():
+        peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=[which]))
+        for name, values in peft.named_parameters():
+            if "lora_" in name:
+                values.data.normal_()
+        peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+        wanted = peft.merge_and_unload().state_dict()
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    stored, before = (load_file(tmp_path / f"{name}/model.safetensors") for name in ("out", "base"))
+    assert stored.keys() == before.keys()
+    assert {n for n in before if not torch.equal(stored[n], before[n])} == {f"{which}.weight"}
+    torch.testing.assert_close(stored[f"{which}.weight"], wanted[f"{which}.weight"])
 
 
 def llava():

@@ -18,6 +18,7 @@ _BESIDE: Mapping[str, tuple[str, ...]] = {
     "bitsandbytes, 4 bits": ("weight.absmax",),
     "bitsandbytes, 8 bits": ("SCB",),
     "compressed-tensors": ("weight_packed",),
+    "compressed-tensors, sparse": ("compressed", "bitmask"),
     "NVFP4": ("weight_scale_2",),
     "HQQ": ("W_q", "scale", "zero"),
     "AQLM": ("codes", "codebooks"),

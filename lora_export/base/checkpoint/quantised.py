@@ -30,7 +30,11 @@ _CODES = {"F8_E4M3", "F8_E5M2", "I8"}
 _FLOAT_SCALES = {"F64", "F32", "F16", "BF16"}
 # Scales of the layer's inputs, which stay as they are.
 _OF_INPUTS = re.compile(r"(^|_)(input|activation|act)(_|$)|^scale_(input|output)$|^(output|k|v|q)_scale$")
-_OF_WEIGHT = re.compile(r"scale|zero|absmax|quant|codebook", re.IGNORECASE)
+# Only these, beside codes, never change what they stand for. Whatever else a format puts there may: scales,
+# zeros, an order of the columns (``weight_g_idx``), factors of the inputs.
+_HARMLESS = re.compile(r"(^|_)(weight|bias)$")
+# ModelOpt's factors of a layer's inputs, by which it has divided the weight: it is not what was trained on.
+_DIVIDED = "pre_quant_scale"
 _SHOWN = 4
 # ComfyUI's marks in a file with scaled weights.
 _MARKS = {"scaled_fp8", "comfy_quant"}
@@ -152,9 +156,11 @@ def find_quantised(checkpoint: Checkpoint) -> Quantised:
         if name in kinds or len(tensor.shape) < 2:
             continue
         scales = [tensors[scale] for scale in _scale_names(name) if scale in tensors]
-        if tensor.code not in _CODES and not scales:
-            continue
         near = [*beside[name.rpartition(".")[0]], *beside.get(name, ())]
+        if tensor.code not in _CODES and not scales:
+            if refusal := _divided(name, near):
+                refused[name] = refusal
+            continue
         found = _judged(tensor, scales, [tensors[n] for n in near], blocks)
         if isinstance(found, Scaled):
             scaled[name] = found
@@ -193,6 +199,15 @@ def _judged(
     return Scaled(tensor, scale, grid, inputs)
 
 
+def _divided(name: str, near: list[str]) -> Refusal | None:
+    """Return the refusal of a weight of plain values that another tensor is a part of; None for others."""
+    module, _, leaf = name.rpartition(".")
+    factors = f"{module}.{_DIVIDED}"
+    if leaf != "weight" or factors not in near:
+        return None
+    return Refusal("quantised", f"divided by {factors}")
+
+
 def _scale_names(name: str) -> Iterator[str]:
     yield f"{name}_scale"
     yield f"{name}_scale_inv"
@@ -205,7 +220,7 @@ def _scale_names(name: str) -> Iterator[str]:
 def _is_of_weight(name: str, weight: str) -> bool:
     """Return True if a tensor beside a weight may define the values of its codes."""
     leaf, own = name.rpartition(".")[2], weight.rpartition(".")[2]
-    if _OF_INPUTS.search(leaf) or leaf in _MARKS or not _OF_WEIGHT.search(leaf):
+    if _OF_INPUTS.search(leaf) or leaf in _MARKS or _HARMLESS.search(leaf):
         return False
     # Tensors of ``down_proj`` are beside ``gate_up_proj`` as well.
     return own == "weight" or leaf.startswith(own)
@@ -238,6 +253,12 @@ def _refuse_methods(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> None:
                 f"the base {checkpoint.folder} is quantised ({name})",
                 HINT,
                 [f"{number} weights as {kind}" for kind, number in count.items()],
+            )
+        if isinstance(method, dict) and method.get("transform_config"):
+            raise CheckpointError(
+                f"the base {checkpoint.folder} has weights that are rotated ({name}'s transform_config): the "
+                "adapter was trained on others",
+                HINT,
             )
 
 

@@ -110,9 +110,11 @@ def nesting(path: str, names: Sequence[str], levels: int, problems: list[str]) -
         problems: List to add to if file and config disagree, or the order is unknown.
     """
     if len(names) != levels:
+        # PEFT passes over a name that no parameter has, and the file doesn't show which one that is.
+        cure = "; take out of the config's target_parameters those that the model doesn't have"
         problems.append(
             f"{path}: the file has {levels} nested LoRA pairs, but target_parameters lists "
-            f"{len(names)} of its parameters ({some(names) or 'none'})"
+            f"{len(names)} of its parameters ({some(names) or 'none'}){cure if len(names) > levels else ''}"
         )
         return []
     if levels == 1:
