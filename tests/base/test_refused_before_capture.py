@@ -125,13 +125,13 @@ def test_another_size_of_the_family(case, form, verb, no_capture, tmp_path):
     make, target, _, folder = case
     trained(make, folder, target_modules=[target])
     given, base, out = of_a_larger_model(folder / "adapter", form), folder / "base", tmp_path / "o.onnx"
+    run = {
+        "merge-onnx": partial(merge_onnx, base, given, out),
+        "swap-onnx": partial(swap_onnx, base, out, adapter=given),
+        "bank-onnx": partial(bank_onnx, base, {"a": given}, out),
+    }[verb]
     with pytest.raises(SiteError, match="no place") as caught:
-        if verb == "merge-onnx":
-            merge_onnx(base, given, out)
-        elif verb == "swap-onnx":
-            swap_onnx(base, out, adapter=given)
-        else:
-            bank_onnx(base, {"a": given}, out)
+        run()
     assert all("32" in problem for problem in caught.value.problems)
     assert "the base" in caught.value.hint or "its base" in caught.value.hint
 

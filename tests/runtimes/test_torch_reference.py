@@ -361,8 +361,9 @@ def test_all_that_does_not_fit_is_listed():
 def test_the_part_that_belongs_is_the_hint(parts, path):
     """Of an encoder and decoder, or of two towers, the model is one."""
     model = nn.Module()
-    model.add_module("layers", nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)})]))
-    model.add_module("blocks", nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"fc": nn.Linear(4, 4)})})]))
+    model.layers = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)})])
+    mlp = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    model.blocks = nn.ModuleList([nn.ModuleDict({"mlp": mlp})])
     whole = adapter_of(*(linear(f"{part}.{path}", 4, 4) for part in parts))
     with pytest.raises(AdapterError) as caught:
         TorchReference.of_module(model, {"a": whole})
