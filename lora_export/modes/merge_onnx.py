@@ -15,6 +15,7 @@ from lora_export.adapter import Adapter
 from lora_export.base.history.history import MANIFEST, History, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
 from lora_export.base.open_base import Base, open_base, output_paths
+from lora_export.base.placing.of_module import refuse_other_modules
 from lora_export.base.reads import CheckpointChoice
 from lora_export.base.ties.copies import may_replace_ties
 from lora_export.base.write_options import WriteOptions
@@ -296,6 +297,7 @@ def export_onnx(
     from lora_export.base.capture.capture import capture_module
 
     refuse_replacing(list(output_paths(Path(output)).values()), force)
+    refuse_other_modules(module, check_blend(adapters, weights, component)[0], allow_unmatched)
     with scratch_folder() as scratch:
         base = capture_module(module, example_inputs, scratch / "base.onnx", dynamic_shapes)
         return merge_onnx(

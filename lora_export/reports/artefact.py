@@ -63,7 +63,8 @@ def read_artefact(path: Path) -> Artefact | None:
         if is_file(path / _RECORD) and is_file(path / "build.sh"):
             return _kit(path)
         return _genai(path, path) if is_file(path / _GENAI) else None
-    readers: dict[str, Callable[[Path], Artefact]] = {".onnx": _graph, _MANIFEST: _manifest}
+    # ONNX Runtime's own format is refused by its name.
+    readers: dict[str, Callable[[Path], Artefact]] = {".onnx": _graph, ".ort": _graph, _MANIFEST: _manifest}
     for ending, read in readers.items():
         if path.name.endswith(ending):
             return read(path)

@@ -44,6 +44,7 @@ from lora_export.sites.naming.choice import is_below
 from lora_export.sites.naming.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.naming.known_names import KnownNames
 from lora_export.sites.naming.likeness import matrix_of
+from lora_export.sites.naming.names import Named
 from lora_export.sites.naming.renaming import NOT_FOUND, Renaming, rename
 from lora_export.sites.naming.towers import Kinds
 from lora_export.sites.proof import proven
@@ -135,7 +136,7 @@ class Resolver:
         self.weight_of = self._base.for_adapter(named, flattened, scope) if self._base else None
         there = self.weight_of is not None and any(self.weight_of.names)
         if self._base and here and not is_anywhere and not there:
-            self.weight_of = self._base.for_adapter(named, flattened, None)
+            self.weight_of = self._of_part(self._base, named, flattened, scope or "")
         change = rename(named, self._known, flattened=flattened, scope=scope if here or not there else None)
         self._wanted = {name for name in change.names if name}
         searched = [use for use in self.uses if not use.quantised and not self._refusal(use)]
@@ -155,6 +156,17 @@ class Resolver:
         sites = [site for site in sites if id(site.target) not in unread]
         lost = {**unread, **self._other_calls(sites)}
         return [marked(site) for site in sites if id(site.target) not in lost], [*misses, *lost.values()]
+
+    @staticmethod
+    def _of_part(base: BaseWeights, named: Sequence[Named], flattened: bool, part: str) -> WeightOf:
+        """Return the look-up for a part that the checkpoint is, or has without the wrapper in the graph."""
+        names = part.split(".")
+        found = base.for_adapter(named, flattened, None)
+        for start in range(1, len(names)):
+            if any(found.names):
+                break
+            found = base.for_adapter(named, flattened, ".".join(names[start:]))
+        return found if any(found.names) else base.for_adapter(named, flattened, None)
 
     def _other_calls(self, sites: Sequence[Site]) -> dict[int, Miss]:
         """Apply rule 7; return identity of a target → its miss."""

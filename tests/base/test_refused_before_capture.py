@@ -7,6 +7,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -98,6 +99,41 @@ def test_nothing_is_captured(case, reason, verb, no_capture, tmp_path):
         expose()
     assert hint in caught.value.hint
     assert verb not in caught.value.hint
+
+
+def of_a_larger_model(folder, form):
+    """Write the adapter of a model with inputs twice as wide, in one of two formats."""
+    tensors, kohya = load_file(folder / "adapter_model.safetensors"), {}
+    for name, a in list(tensors.items()):
+        if name.endswith("lora_A.weight"):
+            tensors[name] = torch.cat([a, a], 1)
+            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            front = f"lora_te_{path.replace('.', '_')}"
+            b = tensors[name.replace("lora_A", "lora_B")]
+            kohya |= {f"{front}.lora_down.weight": tensors[name], f"{front}.lora_up.weight": b}
+    if form == "kohya":
+        save_file(kohya, folder / "kohya.safetensors")
+        return folder / "kohya.safetensors"
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya"])
+@pytest.mark.parametrize("verb", ["merge-onnx", "swap-onnx", "bank-onnx"])
+def test_another_size_of_the_family(case, form, verb, no_capture, tmp_path):
+    """All names fit: the sizes alone show that it is another model's."""
+    make, target, _, folder = case
+    trained(make, folder, target_modules=[target])
+    given, base, out = of_a_larger_model(folder / "adapter", form), folder / "base", tmp_path / "o.onnx"
+    run = {
+        "merge-onnx": partial(merge_onnx, base, given, out),
+        "swap-onnx": partial(swap_onnx, base, out, adapter=given),
+        "bank-onnx": partial(bank_onnx, base, {"a": given}, out),
+    }[verb]
+    with pytest.raises(SiteError, match="no place") as caught:
+        run()
+    assert all("32" in problem for problem in caught.value.problems)
+    assert "the base" in caught.value.hint or "its base" in caught.value.hint
 
 
 def test_stacked_experts(no_capture, tmp_path):

@@ -319,6 +319,39 @@ def test_files_of_another_kind_are_refused(call, wrong, files, capsys, monkeypat
         assert "hf download some/hub-id" in said.replace("…", wrong)
 
 
+# A pipeline in each place of a base or adapter, and a graph in ONNX Runtime's own format.
+TAKEN_FOR = {
+    "merge": lambda f, wrong: ("merge", "--base", wrong, "--adapter", f / "a", "-o", f / "o"),
+    "merge's adapter": lambda f, wrong: ("merge", "--base", f / "a", "--adapter", wrong, "-o", f / "o"),
+    "checkpoint": lambda f, wrong: (
+        *("merge-onnx", "--base", f / "base.onnx", "--checkpoint", wrong),
+        *("--adapter", f / "a", "-o", f / "o.onnx"),
+    ),
+    "swap-onnx": lambda f, wrong: ("swap-onnx", "--base", wrong, "--adapter", f / "a", "-o", f / "o.onnx"),
+    "bank-onnx": lambda f, wrong: (
+        *("bank-onnx", "--base", wrong, "--adapter", f"a={f / 'a'}", "-o", f / "o.onnx"),
+    ),
+    "convert-adapter": lambda f, wrong: (
+        *("convert-adapter", wrong, "--for", f / "swap.onnx", "-o", f / "o.onnx_adapter"),
+    ),
+    "inspect": lambda f, wrong: ("inspect", wrong),
+    "inspect's base": lambda f, wrong: ("inspect", f / "a", "--base", wrong),
+    "parity's adapter": lambda f, wrong: (*parity_of(f), "--adapter", wrong),
+}
+
+
+@pytest.mark.parametrize("call", TAKEN_FOR)
+def test_a_pipeline_is_called_so_wherever_it_is_given(call, files, capsys):
+    assert "a diffusers pipeline of several models" in refused(
+        capsys, *TAKEN_FOR[call](files, files / "pipe")
+    )
+
+
+@pytest.mark.parametrize("call", ["swap-onnx", "bank-onnx", "inspect", "inspect's base"])
+def test_onnx_runtimes_own_format_is_called_so(call, files, capsys):
+    assert "own format (.ort)" in refused(capsys, *TAKEN_FOR[call](files, files / "model.ort"))
+
+
 @pytest.mark.parametrize("verb", ["capture-onnx", "parity"])
 def test_a_pipeline_and_its_models_are_called_so(verb, files, capsys):
     given = {

@@ -62,6 +62,29 @@ def test_wrong_tensors(name: str, tmp_path: Path) -> None:
         load_adapter(peft_folder(tmp_path, tensors))
 
 
+# Names of one module in two spellings.
+TWICE = {
+    "kohya": ("lora_te_m.lora_down.weight", "lora_te_m.lora_up.weight", "lora_te_m.alpha"),
+    "kohya, SDXL's": ("lora_te1_m.lora_down.weight", "lora_te1_m.lora_up.weight", "lora_te1_m.alpha"),
+    "PEFT": ("base_model.model.m.lora_A.weight", "base_model.model.m.lora_B.weight"),
+    "a state dict": ("m.lora_A.weight", "m.lora_B.weight"),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), [("kohya", "kohya, SDXL's"), ("PEFT", "a state dict")])
+def test_both_names_of_what_exists_twice_are_said(one: str, other: str, tmp_path: Path) -> None:
+    shapes = ((2, 4), (3, 2), ())
+    pairs = list(zip(TWICE[one], TWICE[other], strict=True))
+    tensors = {name: values(*shape) for pair, shape in zip(pairs, shapes, strict=False) for name in pair}
+    file = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(AdapterError, match="exists twice") as caught:
+        load_adapter(file, alpha=2)
+    twice = [problem for problem in caught.value.problems if "exists twice" in problem]
+    assert len(twice) == len(pairs)
+    for names in pairs:
+        assert any(all(f" {name} " in f"{problem} " for name in names) for problem in twice), names
+
+
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     tensors = {
         **GOOD,

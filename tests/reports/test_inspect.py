@@ -180,7 +180,7 @@ def test_share_of_an_onnx_file_with_external_data(
     ("name", "content", "message"),
     [
         ("nothing", None, "there is no base model at"),
-        ("folder", {}, "has no .safetensors or pytorch_model.bin"),
+        ("folder", {}, "holds no safetensors"),
         ("folder", {"model.safetensors": b"1234"}, "is damaged or incomplete"),
         ("folder", {"model.safetensors.index.json": b"{}"}, "has no 'weight_map'"),
         ("m.onnx", b"\xff\xff\xff", "is not a readable ONNX file"),

@@ -19,6 +19,7 @@ from torch_cases import ONE, feeds_of, float64_throughout, peft_answer, referenc
 from lora_export.adapter import Adapter, LoraModule
 from lora_export.errors import AdapterError, BackendError
 from lora_export.formats import load_adapter
+from lora_export.formats.reading.scope import part_of
 from lora_export.runtimes.torch.reference import TorchReference
 
 CASES = [
@@ -351,6 +352,25 @@ def test_all_that_does_not_fit_is_listed():
     assert len(caught.value.problems) == len(wanted)
     for problem, parts in zip(caught.value.problems, wanted, strict=True):
         assert all(part in problem for part in parts), problem
+
+
+@pytest.mark.parametrize(
+    ("parts", "path"),
+    [(("model.encoder", "model.decoder"), "layers.0.q"), (("text_model", "vision_model"), "blocks.0.mlp.fc")],
+)
+def test_the_part_that_belongs_is_the_hint(parts, path):
+    """Of an encoder and decoder, or of two towers, the model is one."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)})])
+    mlp = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    model.blocks = nn.ModuleList([nn.ModuleDict({"mlp": mlp})])
+    whole = adapter_of(*(linear(f"{part}.{path}", 4, 4) for part in parts))
+    with pytest.raises(AdapterError) as caught:
+        TorchReference.of_module(model, {"a": whole})
+    assert all(f"--component {part}" in caught.value.hint for part in parts)
+    assert "trained on" not in caught.value.hint
+    assert not any("--component" in problem for problem in caught.value.problems)
+    TorchReference.of_module(model, {"a": part_of(whole, parts[0])})
 
 
 def test_groups_and_experts_have_to_fit():

@@ -359,3 +359,40 @@ def test_parts_with_one_site_are_not_offered_in_turn(tmp_path):
     with pytest.raises(SiteError) as refused:
         merge_onnx(base, adapter(*(linear(path, 4, 4) for path in paths)), tmp_path / "out.onnx")
     assert "one part after the other" not in str(refused.value)
+
+
+def encoder_decoder(family):
+    sizes = {**TOWER, "vocab_size": 32, "max_position_embeddings": 16, "pad_token_id": 0}
+    config_class = getattr(transformers, f"{family}Config")
+    configs = config_class(**sizes), config_class(**sizes, is_decoder=True, add_cross_attention=True)
+    join = transformers.EncoderDecoderConfig.from_encoder_decoder_configs
+    return transformers.EncoderDecoderModel(join(*configs)), configs[0]
+
+
+@pytest.mark.parametrize("kind", ["Model", "ForMaskedLM"])
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_an_encoder_whose_paths_begin_like_the_part_of_the_base(family, kind, tmp_path, capsys):
+    """Of an encoder and a decoder of the same class either is meant: both are offered, and taken."""
+    torch.manual_seed(0)
+    whole, config = encoder_decoder(family)
+    single = getattr(transformers, f"{family}{kind}")(config)
+    whole.save_pretrained(tmp_path / "base")
+    peft = get_peft_model(single, LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    peft.save_pretrained(tmp_path / "adapter")
+    command = ["merge", "--base", "base", "--adapter", "adapter", "--force", "-o", "out"]
+    command = [str(tmp_path / word) if word in ("base", "adapter", "out") else word for word in command]
+    assert _run(command, False) == 1
+    offered = re.findall(r"--component ([\w.]+)", capsys.readouterr().err)
+    assert {one.partition(".")[0] for one in offered} == {"encoder", "decoder"}
+    front = f"{family.lower()}."
+    changes = {}
+    for path, layer in peft.base_model.model.named_modules():
+        if path.endswith("query"):
+            changes[path.removeprefix(front)] = layer.get_delta_weight("default").detach()
+    for one in offered:
+        assert _run([*command, "--component", one], False) == 0
+        inner = "encoder." if one == "encoder" else f"decoder.{front}"
+        before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "out"))
+        for name, values in before.items():
+            change = changes.get(name.removeprefix(inner).removesuffix(".weight"), 0)
+            assert torch.allclose(after[name], values + change, atol=1e-6), name

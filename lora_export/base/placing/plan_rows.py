@@ -174,6 +174,14 @@ def _changed(
             f"{file} contains an adapter already, beside {contained} of the {total} parameters of {name}",
             "export the base model without the adapter, or give the graph that it was added to",
         )
+    # A constant in such a layout looks like one that a tool has computed.
+    if kinds & {*LOST, "operator"} and (arranged := _arranged(graph)):
+        return (
+            f"{file} was optimised by ONNX Runtime for one machine ({arranged}), which stores weights in a "
+            f"layout of its own: {name} has {len(misses)} parameters with no place in it (of {total})",
+            "give the graph that it was made from, or save it with "
+            "SessionOptions.graph_optimization_level = ORT_ENABLE_EXTENDED instead of ORT_ENABLE_ALL",
+        )
     if computed := sum(miss.kind in ("partly computed", "picked") for miss in misses):
         return (
             f"a tool has computed parts of {file} into constants, perhaps with {computed} of the {total} "
@@ -187,13 +195,6 @@ def _changed(
             f"{len(misses)} places (of {total}) that are not confirmed",
             "give the folder that the graph was exported from"
             + (f", or another part than {adapter.scope} with --component" if adapter.scope else ""),
-        )
-    if (arranged := _arranged(graph)) and kinds & {*LOST, "operator"}:
-        return (
-            f"{file} was optimised by ONNX Runtime for one machine ({arranged}), which stores weights in a "
-            f"layout of its own: {name} has {len(misses)} parameters with no place in it (of {total})",
-            "give the graph that it was made from, or save it with "
-            "SessionOptions.graph_optimization_level = ORT_ENABLE_EXTENDED instead of ORT_ENABLE_ALL",
         )
     return None
 

@@ -23,9 +23,9 @@ _EXAMPLES = 4
 
 
 def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool) -> None:
-    """Refuse adapters whose low-rank changes are of parameters that a folder lacks, by names alone.
+    """Refuse adapters whose low-rank changes are of parameters that a folder lacks, or has in another size.
 
-    A capture takes a minute; a wrong adapter is found in a second.
+    A capture takes a minute; by names and shapes a wrong adapter is found in a second.
 
     Args:
         base: Folder with config.json and safetensors.
@@ -48,9 +48,11 @@ def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool
         placed = place_adapters(checkpoint, [adapter], [1.0], find_quantised(checkpoint), shared=shared)
         refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, [adapter])
         changed = {f"{module.path}.{module.parameter}" for module in adapter.modules.values()}
-        absent = changed & set(placed.absent)
-        rows = [row for row in placed.plan.rows if row.parameter in absent or row.action != "refused"]
-        if absent:
+        # A graph of the folder lacks the same parameters, and has the others in the same sizes.
+        sized = {row.parameter for row in placed.plan.rows if row.kind == "shape"}
+        unfit = changed & {*placed.absent, *sized}
+        rows = [row for row in placed.plan.rows if row.parameter in unfit or row.action != "refused"]
+        if unfit:
             found = replace(placed, plan=Plan(tuple(rows)))
             refuse_unplaced(checkpoint, [adapter], found, allow_unmatched)
 

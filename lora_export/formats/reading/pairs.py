@@ -30,6 +30,7 @@ class Parts:
     parameter: str = "weight"
     tensors: dict[str, Array] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
+    origins: dict[str, str] = field(default_factory=dict)  # part → name of its (first) tensor
     alpha: float | None = None
     rank: int | None = None
 
@@ -63,8 +64,9 @@ class PartsTable:
         """Add the tensor ``name`` as ``part`` (``lora_a``, ``lora_b``, …) of the module ``path``."""
         row = self.rows.setdefault((component, path), Parts(path=path, component=component))
         if part in row.tensors:
-            self.problems.append(f"{row.label}: {part} exists twice, as {row.names[-1]} and as {name}")
+            self.problems.append(f"{row.label}: {part} exists twice, as {row.origins[part]} and as {name}")
         row.tensors[part] = values
+        row.origins.setdefault(part, name)
         row.names.append(name)
         return row
 

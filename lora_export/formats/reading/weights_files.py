@@ -205,6 +205,11 @@ def _only_candidate(path: Path, found: Sequence[str]) -> WeightsFiles:
             "give one of these",
             [str(path / child) for child in nested],
         )
+    if not found and is_file(path / "model_index.json"):
+        raise AdapterError(
+            f"{path} is a diffusers pipeline of several models, not an adapter",
+            "give the adapter's own file or folder; as a base, give the folder of one of the models",
+        )
     if is_file(path / "config.json"):
         raise AdapterError(
             f"{path} is a model, not an adapter: it has config.json but no {CONFIG_NAME}",

@@ -33,21 +33,17 @@ def base_size(path: Path) -> BaseSize:
         CheckpointError: The path doesn't exist, or its folder is damaged or has no weights.
         GraphError: The ONNX file is damaged or lacks its external data.
     """
-    if is_file(path) and path.suffix == ".onnx":
+    if is_file(path):
         return _onnx_size(path)
     if not is_folder(path):
         raise CheckpointError(
             f"there is no base model at {path}", "give a Hugging Face folder or an .onnx file"
         )
-    if any(path.glob("*.safetensors*")):
-        tensors = Checkpoint.open(path).tensors.values()
-        return BaseSize(str(path), sum(math.prod(t.shape) for t in tensors), sum(t.length for t in tensors))
     pickles = sorted(path.glob("pytorch_model*.bin"))
-    if pickles:
+    if pickles and not any(path.glob("*.safetensors*")):
         return BaseSize(str(path), None, sum(file.stat().st_size for file in pickles))
-    raise CheckpointError(
-        f"{path} has no .safetensors or pytorch_model.bin", "give the folder of a Hugging Face model"
-    )
+    tensors = Checkpoint.open(path).tensors.values()  # says what a folder without weights is
+    return BaseSize(str(path), sum(math.prod(t.shape) for t in tensors), sum(t.length for t in tensors))
 
 
 def _onnx_size(path: Path) -> BaseSize:

@@ -160,6 +160,5 @@ class Finder:
             whole = part.expert is None and part.piece == (0, 1)
             return name, None if whole else part
         if problem and problem.kind == "ambiguous":
-            return Refusal(problem.kind, str(problem))
-        hint = f"; {self._own.hint}" if self._own.hint else ""
-        return Refusal("not found", f"the model has no parameter of that name{hint}")
+            return Refusal(problem.kind, str(problem), self._own.hint)
+        return Refusal("not found", "the model has no parameter of that name", self._own.hint)

@@ -64,8 +64,9 @@ class Choice:
         self._scope = flatten(scope) if scope and self._flattened else scope
         # Rule 7: is the scope a part of the adapter's paths, or of the base's?
         self._is_adapters = scope is not None and is_below(self._wanted, scope, self._flattened)
-        # A flattened name may begin like the scope and still be one of the base's part (``decoder_embed``).
-        self._bases = self._known.under(scope) if scope and (self._flattened or not self._is_adapters) else []
+        # A name may begin like the scope and still be one of the base's part: BERT's ``encoder.layer.0`` in
+        # an ``encoder`` beside a ``decoder``, or flattened a ``decoder_embed``.
+        self._bases = self._known.under(scope) if scope else []
 
     @cached_property
     def deciding(self) -> frozenset[int]:
@@ -130,11 +131,7 @@ class Choice:
         tried = counts
         if self._scope is not None and not self._is_adapters:
             # Rule 7: no other is allowed.
-            tried = {
-                change: counts[change]
-                for change in (Prefix(add=path) for path in self._bases)
-                if change in counts
-            }
+            tried = {change: count for change, count in counts.items() if change.add in self._bases}
         allowed = [change for change, count in tried.items() if count and self._is_allowed(change)]
         if whole := self._whole(allowed):
             return self._distinct(whole)
@@ -185,8 +182,8 @@ class Choice:
         return given, lost - kept if kept else lost
 
     def _is_allowed(self, change: Prefix) -> bool:
-        if change.add in self._bases and not change.strip:
-            return True  # Rule 7.
+        if change.add in self._bases and (not change.strip or self._is_outer(change.strip)):
+            return True  # Rule 7; a class with a head around the adapter's model is none of its parts.
         if self._scope is not None and not self._is_adapters:
             return False
         scope = self._scope
