@@ -115,7 +115,7 @@ def _graph(path: Path) -> Artefact:
         "outputs": [_port(value) for value in graph.graph.outputs],
         "captured": None if captured is None else vars(captured),
         "merged": [f"{name}, sha256 {sha256}" for name, sha256 in adapters_in(merged)],
-        "lora": _lora(exposed),
+        "lora": _lora(exposed, graph),
     }
     opsets = ", ".join(f"{name or 'ai.onnx'} {number}" for name, number in facts["opsets"].items())
     lines = [
@@ -128,6 +128,8 @@ def _graph(path: Path) -> Artefact:
         lines.append(f"captured  {captured.kind}, {captured.dtype}{cache}")
     lines += [f"merged    {entry}" for entry in limited(facts["merged"], "adapters", _NAMED)]
     lines += _lora_lines(exposed)
+    if facts["lora"] and (lost := len(facts["lora"]["lost_inputs"])):
+        lines.append(f"changed   {lost} of its LoRA inputs became constants: no adapter fits it any more")
     for kind in ("inputs", "outputs"):
         rows = [(kind, "dtype", "shape")]
         rows += [(port["name"], port["dtype"], _dims(port["dims"])) for port in facts[kind]]
@@ -182,9 +184,11 @@ def _counted(counts: Sequence[tuple[str, int]]) -> str:
     return f"{named}, {left} others" if left else named
 
 
-def _lora(exposed: ExposedGraph | None) -> dict[str, Any] | None:
+def _lora(exposed: ExposedGraph | None, graph: GraphFile) -> dict[str, Any] | None:
     if exposed is None:
         return None
+    # Simplifiers take an input that has a default for a constant.
+    inputs = {str(value.name) for value in graph.graph.inputs}
     return {
         "mode": exposed.mode,
         "base": exposed.base,
@@ -192,6 +196,7 @@ def _lora(exposed: ExposedGraph | None) -> dict[str, Any] | None:
         "max_rank": exposed.max_rank,
         "flavour": exposed.flavour,
         "slots": [slot.name for slot in exposed.slots],
+        "lost_inputs": [name for name in exposed.input_names() if name not in inputs],
     }
 
 

@@ -177,3 +177,14 @@ def test_on_the_command_line(verb, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "found by name alone" not in captured.err
     assert f"values compared with {folder}" in captured.out + captured.err
+
+
+def test_the_note_on_names_stands_where_values_could_be_compared(tmp_path, capsys):
+    path, folder = base(tmp_path), checkpoint(tmp_path / "c")
+    arguments = ["merge-onnx", "--base", str(path), "-o", str(tmp_path / "o.onnx"), "--dry-run"]
+    arguments += ["--adapter", str(peft_folder(tmp_path / "sql", tmp_path / "nowhere"))]
+    # Given, refused and asked to be silent: there is nothing to propose.
+    more = {(): True, ("--checkpoint", str(folder)): False, ("--no-checkpoint",): False, ("--quiet",): False}
+    for options, noted in more.items():
+        assert _run([*arguments, *options], False) == 0
+        assert ("found by name alone" in capsys.readouterr().err) is noted

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from lora_export import CheckpointError, OutputError, capture_onnx, merge_onnx
+from lora_export import CheckpointError, OutputError, capture_onnx, merge_onnx, swap_onnx
 from lora_export.cli import _run
 from lora_export.graph.onnx_file import load_graph
 from lora_export.modes import capture_onnx as mode
@@ -50,6 +50,13 @@ def test_the_graph_is_the_checkpoints(tmp_path, folder, capsys):
     assert tiny.relative_error(answer, tiny.base_reference("bert")) < 2e-6
     assert _run(["capture-onnx", str(folder), "-o", str(out)], False) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("write", [merge_onnx, swap_onnx])
+def test_values_are_compared_with_the_folder_that_was_captured(write, tmp_path, folder):
+    adapter = {"adapters" if write is merge_onnx else "adapter": tiny.adapter("bert")}
+    report = write(folder, output=tmp_path / "out.onnx", dry_run=True, **adapter)
+    assert {row.proof for row in report.plan.placed} == {"values"}
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "graph", "folder/"])

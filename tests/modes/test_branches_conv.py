@@ -24,7 +24,7 @@ from branch_graphs import (
 from safetensors.numpy import save_file
 from small_graphs import adapter, graph, random, run, save
 
-from lora_export import LoraExportError, SiteError, convert_adapter, merge_onnx, swap_onnx
+from lora_export import LoraExportError, SiteError, convert_adapter, merge_checkpoint, merge_onnx, swap_onnx
 
 # id: (kernel, ONNX attributes, torch's)
 CONVS = {
@@ -268,6 +268,13 @@ def test_dora_on_a_grouped_convolution_is_called_that(groups, kernel, tmp_path):
     with pytest.raises(SiteError, match=f"DoRA on a convolution of {groups} groups") as merged:
         merge_onnx(base, given, tmp_path / "merged.onnx")
     assert "swap-onnx" not in str(merged.value.hint)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file({"c.weight": weight}, folder / "model.safetensors")
+    with pytest.raises(LoraExportError, match=f"DoRA on a convolution of {groups} groups") as into_folder:
+        merge_checkpoint(folder, given, tmp_path / "merged")
+    assert "without DoRA" in into_folder.value.hint
+    assert "swap-onnx" not in into_folder.value.hint
     # A graph with DoRA's factor that was made by a module's name says the same of such an adapter.
     swap_onnx(base, tmp_path / "swap.onnx", target_modules=["c"], dora=True)
     with pytest.raises(LoraExportError, match=f"DoRA on a convolution of {groups} groups") as refused:

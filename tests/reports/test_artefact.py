@@ -66,6 +66,21 @@ def test_graphs(tmp_path, capsys):
     assert facts(capsys, base)["merged"] == []
 
 
+@pytest.mark.parametrize("lost", [0, 2])
+def test_inputs_that_a_tool_took_for_constants_are_told(lost, tmp_path, capsys):
+    """Simplifiers do, and the record in the graph stays: convert-adapter and sessions refuse it."""
+    swap_onnx(tiny.base_onnx("llama", "torchscript"), tmp_path / "swap.onnx", adapter=tiny.adapter("llama"))
+    model = onnx.load(tmp_path / "swap.onnx", load_external_data=False)
+    taken = [value for value in model.graph.input if ".lora_" in value.name][:lost]
+    for value in taken:
+        model.graph.input.remove(value)
+    onnx.save(model, tmp_path / "swap.onnx")
+    assert facts(capsys, tmp_path / "swap.onnx")["lora"]["lost_inputs"] == [value.name for value in taken]
+    assert (f"{lost} of its LoRA inputs became constants" in said(capsys, tmp_path / "swap.onnx")) == bool(
+        lost
+    )
+
+
 def test_a_captured_graph(tmp_path, capsys):
     capture_onnx(tiny.checkpoint("llama"), tmp_path / "m.onnx", kv_cache=True)
     captured = facts(capsys, tmp_path / "m.onnx")["captured"]

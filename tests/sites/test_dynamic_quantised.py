@@ -10,6 +10,8 @@ from changed_graphs import EXPORTERS
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
+from lora_export import LoraExportError
+
 D = 16
 
 
@@ -66,3 +68,21 @@ def test_a_table_of_codes_is_refused_by_name(exporter, tmp_path):
         )
         assert "Gather of " in str(got)
         assert "has quantised weights (Gather)" in str(got)
+
+
+@pytest.mark.parametrize("mode", changed.MODES)
+@pytest.mark.parametrize("exporter", ["dynamo-noopt", "torchscript"])
+def test_convolutions_of_integers_are_refused_by_name(exporter, mode, tmp_path):
+    """And the hint names what a graph with such convolutions can be quantised to instead."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 8, 3)).eval(), torch.randn(2, 4, 5, 5)
+    changed.saved(model, x, tmp_path, ("0",))
+    EXPORTERS[exporter](model, x, tmp_path / "raw.onnx")
+    quantize_dynamic(tmp_path / "raw.onnx", tmp_path / "graph.onnx")
+    for options in ({}, {"checkpoint": tmp_path / "base"}):
+        got = changed.outcome(
+            mode, tmp_path / "graph.onnx", tmp_path / "adapter", x.numpy(), tmp_path / "o.onnx", **options
+        )
+        assert isinstance(got, LoraExportError)
+        assert "has quantised weights (ConvInteger)" in str(got)
+        assert "QDQ" in got.hint

@@ -316,3 +316,35 @@ def test_what_the_model_has_there_is_no_obstacle(kind, exporter, tool, made, tmp
         )
         assert not isinstance(got, LoraExportError), got.problems
         assert changed.error(got, wanted) < (5e-3 if "fp16" in tool else 1e-5)
+
+
+class Trained(nn.Module):
+    """A layer that is no target, whose bias PEFT trains (``bias="all"``); of 3-D input a node adds that."""
+
+    def __init__(self, answers: bool) -> None:
+        super().__init__()
+        self.k, self.out, self.table = nn.Linear(D, C), nn.Linear(C, D), nn.Parameter(torch.randn(1, 1, D))
+        self.g = nn.Linear(D, C) if answers else None
+
+    def forward(self, x):
+        y = self.k(x)
+        return self.out(torch.tanh(y if self.g is None else y + self.g(self.table)))
+
+
+@pytest.mark.parametrize("tool", ["stripped", "version"])
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_bias_that_the_adapter_replaces_is_no_shift(answers, tool, tmp_path):
+    torch.manual_seed(0)
+    model, x = Trained(answers).eval(), torch.randn(2, 3, D)
+    targets = ("g", "out") if answers else ("out",)
+    wanted = changed.saved(model, x, tmp_path, targets, bias="all")
+    graph = changed.changed_graph((None, model, x, None), "dynamo", tool, tmp_path)
+    given, checkpoint = tmp_path / "adapter", tmp_path / "base"
+    got = changed.outcome("merge", graph, given, x.numpy(), tmp_path / "out.onnx", checkpoint=checkpoint)
+    if answers:
+        # What is added behind the product may still be an answer.
+        assert isinstance(got, SiteError)
+        assert "computed" in str(got)
+        return
+    assert not isinstance(got, LoraExportError), got.problems
+    assert changed.error(got, wanted) < 1e-5

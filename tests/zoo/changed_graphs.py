@@ -516,17 +516,19 @@ def saved(
     folder: Path,
     targets: tuple[str, ...] = ("proj",),
     saves: list[str] | None = None,
+    **options: Any,
 ) -> np.ndarray:
     """Save a model's checkpoint, ``base``, and an adapter of it; return what PEFT answers."""
     (folder / "base").mkdir()
     (folder / "base" / "config.json").write_text('{"model_type": "x"}')
     values = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     save_file(values, folder / "base" / "model.safetensors")
-    config = LoraConfig(r=2, target_modules=list(targets), modules_to_save=saves, init_lora_weights=False)
+    options |= {"target_modules": list(targets), "modules_to_save": saves, "init_lora_weights": False}
+    config = LoraConfig(r=2, **options)
     adapted = get_peft_model(copy.deepcopy(model), config).eval()
     with torch.no_grad():
         for name, values in adapted.named_parameters():
-            if "modules_to_save" in name:
+            if values.requires_grad and "lora_" not in name:
                 values.add_(0.3 * torch.randn(values.shape))
     adapted.save_pretrained(folder / "adapter")
     with torch.no_grad():

@@ -40,6 +40,7 @@ from lora_export.formats.reading.whole_copies import Reach, reach_of
 from lora_export.formats.schemes import fitted
 from lora_export.plan import Plan, PlanRow, Refusal, unaccounted
 from lora_export.sites.experts import settle as settle_layout
+from lora_export.sites.fit import grouped_dora
 from lora_export.sites.kinds import settle_kinds, unsettled_kind
 from lora_export.sites.naming.names import Named
 from lora_export.storage.patch import Patch, Placement, patch_from, replacement
@@ -320,7 +321,8 @@ class _Placer:
         """Add ΔW to the stored weight of the module, or to each part of it."""
         if module.groups > 1:
             raise NoPlace(
-                Refusal(
+                grouped_dora(module)
+                or Refusal(
                     "branch only",
                     f"a convolution of {module.groups} groups can't be merged (PEFT refuses it, too)",
                 )

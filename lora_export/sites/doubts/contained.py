@@ -52,7 +52,7 @@ def branch_beside(site: Site) -> str:
     """Return a reason if a product of two constants is added to a module's own product, or an empty string.
 
     Such a product is an adapter's branch without an adapter's names, unless the nodes say that it belongs to
-    another module.
+    another module. What is below the module itself is a part of it, whatever it is called.
     """
     for use in (use for part in site.parts for use in part.uses):
         x = _through(use.node.inputs[1 if site.target.kind == "embedding" else 0], _VIEWS)
@@ -61,7 +61,7 @@ def branch_beside(site: Site) -> str:
             down = _product(up.inputs[0]) if up is not None else None
             if up is None or down is None or x is None or x not in map(_viewed, down.inputs):
                 continue
-            if {module_of(up), module_of(down)} <= {module_of(use.node)}:
+            if all(_is_inside(module_of(node), module_of(use.node), site.target.path) for node in (up, down)):
                 factors = [value for value in up.inputs if value is not None]
                 names = [repr(str(value.name)) for value in factors if constant_behind(value) is not None]
                 return (
@@ -69,6 +69,16 @@ def branch_beside(site: Site) -> str:
                     f"added beside {use.root.name!r}"
                 )
     return ""
+
+
+def _is_inside(module: str | None, own: str | None, path: str) -> bool:
+    """Return True if a node's module is a product's own or below it, or below the target's, ``path``."""
+    if module is None or own is None or module == own:
+        return module == own
+    # Where the layer is kept under another name (``fc.to_wrap`` beside ``fc.adapter``), the target is around.
+    front, found, _ = f".{own}.".partition(f".{path}.")
+    around = f"{front}{found}"[1:] if found and path else f"{own}."
+    return module.startswith(around)
 
 
 def _addends(node: ir.Node) -> Iterator[ir.Value]:

@@ -257,7 +257,9 @@ class _Weights:
         if clear.mean() < _CLEAR:
             return None
         rows, factor = rows[clear], factor[clear]
-        held, bias = _held(layer.bias, rows), self._bias(name, rows)
+        # A bias that a node of its own adds is no part of this one: nothing can have been folded into it.
+        bias = np.zeros(len(rows)) if layer.bias is None else self._bias(name, rows)
+        held = _held(layer.bias, rows)
         terms = np.abs(held), np.abs(factor * bias)
         return Change(
             factor=factor,

@@ -1,4 +1,4 @@
-"""Recognise names that only an adapter's layers have: those of PEFT, diffusers and kohya."""
+"""Recognise names that only an adapter's layers have: those of PEFT, diffusers, kohya and torchtune."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 # A graph's names have dots or slashes between them.
-_LAYER = re.compile(r"(?:^|[./])lora_(?:[ABE]|embedding_[AB]|magnitude_vector|layer|down|up)(?=[./]|$)")
+_LAYER = re.compile(r"(?:^|[./])lora_(?:[ABEab]|embedding_[AB]|magnitude_vector|layer|down|up)(?=[./]|$)")
 # The wrapped layer is all that is left in a TorchScript export, or if the adapter was merged inside of it. In
 # other models a layer of this name is a block with layers of its own (DLA's).
 _WRAPPED = re.compile(r"[./]base_layer(?:\.(?:weight|bias)\w*|/[^./]+)?$")
