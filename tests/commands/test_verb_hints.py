@@ -40,8 +40,11 @@ PACKAGE = Path(lora_export.__file__).parent
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 # Whose options are not ours: these words stand in the same text.
 FOREIGN = ("pip install", "pip uninstall", "hf download")
-# Texts for other programs: nvidia-smi, and the lines of a build kit.
-OTHER_PROGRAMS = {"machines/local_gpus.py", "bench/memory.py", "packages/build_kit.py"}
+# Texts for other programs: nvidia-smi, and the lines of a build kit with the flags of compilers.
+OTHER_PROGRAMS = {
+    *("machines/local_gpus.py", "bench/memory.py", "packages/build_kit.py"),
+    *("engines/tensorrt.py", "engines/tensorrt_rtx.py"),
+}
 # What looks like options there is CSS.
 STYLES = "reports/page.py"
 
