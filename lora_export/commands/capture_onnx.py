@@ -37,6 +37,13 @@ _PATH = click.Path(path_type=Path)
     help="How the graph is made: from the model with its weights, or from one layer of each kind without "
     "weights, for models larger than memory.",
 )
+@click.option(
+    "--attention",
+    type=click.Choice(["operators", "node"]),
+    default="operators",
+    show_default=True,
+    help="Attention as the operators that it consists of, or as one Attention node a layer (opset 23).",
+)
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @click.option("--quiet", is_flag=True, help="Print no summary.")
 def capture_onnx(
@@ -45,6 +52,7 @@ def capture_onnx(
     dtype: str,
     kv_cache: bool,
     trace: Literal["loaded", "outline"],
+    attention: Literal["operators", "node"],
     force: bool,
     quiet: bool,
 ) -> None:
@@ -68,7 +76,13 @@ def capture_onnx(
     started = time.monotonic()
     with byte_progress(f"writing {output}", quiet):
         graph, data = mode.capture_onnx(
-            checkpoint, output, dtype=dtype, kv_cache=kv_cache, trace=trace, force=force
+            checkpoint,
+            output,
+            dtype=dtype,
+            kv_cache=kv_cache,
+            trace=trace,
+            attention=attention,
+            force=force,
         )
     if not quiet:
         size = size_text(data.stat().st_size)

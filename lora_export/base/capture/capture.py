@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_export.base.capture.attach import Weights
+from lora_export.base.capture.attention import OPSET, Attention, use_node
 from lora_export.base.capture.cache import name_total, switch_cache, with_cache
 from lora_export.base.capture.export import (
     finish,
@@ -71,6 +72,7 @@ def capture_checkpoint(
     kv_cache: bool = False,
     replaced: Collection[str] = (),
     trace: Trace = "loaded",
+    attention: Attention = "operators",
 ) -> Path:
     """Write the graph of a checkpoint folder, with dynamic batch and sequence axes.
 
@@ -86,6 +88,8 @@ def capture_checkpoint(
         trace: ``loaded``: the model with its weights is traced. ``outline``: the first and the last layer of
             each kind are traced without weights and copied for the others; weights are read as they are
             written, so that the model is never in memory. The graph computes the same.
+        attention: ``operators``: attention is written as the exporter writes it. ``node``: as one node of
+            ONNX's ``Attention`` a layer (opset 23), which runtimes compute with a kernel of their own.
 
     Returns:
         ``output``.
@@ -101,13 +105,18 @@ def capture_checkpoint(
         raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
     require("torch", "transformers", "onnxscript")
     path = Path(folder)
+    if attention == "node" and trace == "outline":
+        raise OutputError(
+            "attention as one node is tried with the model's weights, which an outline does not have",
+            "give --trace loaded, or omit --attention node",
+        )
     tell_stage(f"capturing {path} (seconds for a small model, minutes for 1B)")
-    opset = _BFLOAT16_OPSET if dtype == "bfloat16" else None
+    opset = OPSET if attention == "node" else _BFLOAT16_OPSET if dtype == "bfloat16" else None
     weights: Weights | None = None
     if trace == "outline":
         graph, captured, weights = _in_outline(path, look_at(path), dtype, kv_cache=kv_cache, opset=opset)
     else:
-        graph, captured = _loaded(path, dtype, replaced, kv_cache=kv_cache, opset=opset)
+        graph, captured = _loaded(path, dtype, replaced, kv_cache=kv_cache, opset=opset, attention=attention)
     if kv_cache:
         name_total(graph)
     graph.metadata_props.update(captured.to_metadata())
@@ -120,10 +129,19 @@ def capture_checkpoint(
 
 
 def _loaded(
-    path: Path, dtype: str, replaced: Collection[str], kv_cache: bool, opset: int | None
+    path: Path,
+    dtype: str,
+    replaced: Collection[str],
+    kv_cache: bool,
+    opset: int | None,
+    attention: Attention,
 ) -> tuple[ir.Model, Captured]:
     """Return the graph of a checkpoint's model with its weights in memory, and what it was captured from."""
     model, _ = load_model(path, dtype, replaced)
+    if attention == "node":
+        _batch_experts(model)
+        switch_cache(model, False)
+        use_node(model, example_inputs(model, path), path)
     traced, captured = _prepare(model, path, dtype, kv_cache)
     graph = trace_module(
         model,

@@ -1,0 +1,159 @@
+"""With --attention node a layer's attention is one node of ONNX, and the graph answers as PyTorch does."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from lora_export import (
+    CheckpointError,
+    OutputError,
+    bank_onnx,
+    capture_onnx,
+    check_parity,
+    merge_onnx,
+    swap_onnx,
+)
+from lora_export.base.capture import attention
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+    "max_position_embeddings": 64,
+}
+GROUPED = {**TEXT, "num_key_value_heads": 2}
+
+
+def llama():
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED))
+
+
+def gemma2():
+    """Soft capping, and every second layer with a sliding window shorter than the tests' texts."""
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**GROUPED, head_dim=8, sliding_window=4))
+
+
+def bert():
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT))
+
+
+def vit():
+    sizes = {key: TEXT[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    config = transformers.ViTConfig(**sizes, num_hidden_layers=2, image_size=16, patch_size=4)
+    return transformers.ViTForImageClassification(config)
+
+
+def bart():
+    halves = {
+        f"{half}_{key}": size
+        for half in ("encoder", "decoder")
+        for key, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
+    }
+    config = transformers.BartConfig(d_model=32, **halves, vocab_size=99, max_position_embeddings=64)
+    return transformers.BartForConditionalGeneration(config)
+
+
+def trained(make, folder, targets):
+    torch.manual_seed(0)
+    model = make().eval()
+    model.save_pretrained(folder / "base")
+    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=targets))
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    peft.save_pretrained(folder / "adapter")
+    return folder / "base", folder / "adapter"
+
+
+def attention_nodes(path):
+    proto = onnx.load(path, load_external_data=False)
+    assert proto.opset_import[0].version == attention.OPSET
+    return Counter(node.op_type for node in proto.graph.node if not node.domain)["Attention"]
+
+
+@pytest.mark.parametrize(
+    ("make", "kv_cache", "targets", "count"),
+    [
+        pytest.param(llama, True, ["q_proj", "k_proj", "v_proj", "o_proj"], 2, id="llama, cache"),
+        pytest.param(gemma2, True, ["q_proj", "o_proj"], 2, id="gemma2, cache"),
+        pytest.param(bert, False, ["query", "value"], 2, id="bert"),
+        pytest.param(vit, False, ["q_proj", "v_proj"], 2, id="vit"),
+        pytest.param(bart, False, ["k_proj", "out_proj"], 6, id="bart"),
+    ],
+)
+def test_the_graph_computes_what_the_model_does(make, kv_cache, targets, count, tmp_path):
+    """Parity compares with padding on both sides, and decoders in several calls as well."""
+    base, adapter = trained(make, tmp_path, targets)
+    graph, _ = capture_onnx(base, tmp_path / "base.onnx", kv_cache=kv_cache, attention="node")
+    assert attention_nodes(graph) == count
+    swap_onnx(graph, tmp_path / "swap.onnx", adapter=adapter)
+    assert attention_nodes(tmp_path / "swap.onnx") == count
+    report = check_parity(base, tmp_path / "swap.onnx", adapter, samples=4)
+    assert report.passed, report
+
+
+def test_merged_and_in_a_bank(tmp_path):
+    base, adapter = trained(llama, tmp_path, ["q_proj", "v_proj", "o_proj"])
+    graph, _ = capture_onnx(base, tmp_path / "base.onnx", kv_cache=True, attention="node")
+    merge_onnx(graph, adapter, tmp_path / "merged.onnx")
+    bank_onnx(graph, {"a": adapter}, tmp_path / "bank.onnx")
+    assert check_parity(base, tmp_path / "merged.onnx", adapter, samples=3).passed
+    assert check_parity(base, tmp_path / "bank.onnx", {"a": adapter}, samples=3).passed
+
+
+def bloom():
+    """It never calls the interface, but makes its mask for it."""
+    return transformers.BloomForCausalLM(
+        transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99)
+    )
+
+
+def t5():
+    config = transformers.T5Config(
+        d_model=32, num_layers=2, num_heads=4, d_ff=48, d_kv=8, vocab_size=99, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [(bloom, "does not attend through transformers' interface"), (t5, "takes position_bias")],
+)
+def test_models_that_attend_in_a_way_of_their_own_are_refused(make, text, tmp_path):
+    make().save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=text) as refused:
+        capture_onnx(tmp_path / "base", tmp_path / "m.onnx", attention="node")
+    assert "omit --attention node" in refused.value.hint
+    assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize("fault", ["scaling", "mask"])
+def test_another_result_is_refused(fault, tmp_path, monkeypatch):
+    """A model that means something else by an argument than the operator does is told by its answers."""
+    real = attention._attend
+
+    def wrong(module, query, key, value, mask, **named):
+        if fault == "scaling":
+            named["scaling"] = 2 * named["scaling"]
+        elif mask is not None:
+            mask = torch.ones_like(mask)
+        return real(module, query, key, value, mask, **named)
+
+    monkeypatch.setattr(attention, "_attend", wrong)
+    bert().save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="computes something else with ONNX's Attention"):
+        capture_onnx(tmp_path / "base", tmp_path / "m.onnx", attention="node")
+
+
+def test_an_outline_has_no_values_to_try_it_with(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    with pytest.raises(OutputError, match="tried with the model's weights"):
+        capture_onnx(tmp_path / "base", tmp_path / "m.onnx", attention="node", trace="outline")
