@@ -23,7 +23,7 @@ from lora_export.base.checkpoint.widths import refuse_wide
 from lora_export.errors import CheckpointError
 from lora_export.storage.inputs import note_inputs
 from lora_export.untrusted.links import refuse_links
-from lora_export.untrusted.places import exists, is_folder
+from lora_export.untrusted.places import exists, is_folder, listed
 
 EXPORT_YOURSELF = (
     "export the model yourself and go on with that .onnx (lora_export.export_onnx does it, an adapter merged)"
@@ -59,7 +59,7 @@ def look_at(path: Path) -> Loading:
     _refuse_diffusers(path)
     refuse_links(
         path,
-        [found for kind in ("json", "safetensors", "bin") for found in path.glob(f"*.{kind}")],
+        [found for kind in ("json", "safetensors", "bin") for found in listed(path, f"*.{kind}")],
         CheckpointError,
     )
     written = read_config(path)
