@@ -16,6 +16,7 @@ from lora_export.base.checkpoint.checkpoint import (
     read_config,
 )
 from lora_export.base.checkpoint.layer_counts import refuse_many_layers
+from lora_export.base.checkpoint.module_counts import few_modules
 from lora_export.base.checkpoint.own_code import model_class, never_asked, refuse_own_code
 from lora_export.base.checkpoint.quantised import refuse_bare_codes
 from lora_export.base.checkpoint.weight_files import refuse_chosen_elsewhere
@@ -100,7 +101,7 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
     import torch
 
     loading = look_at(path)
-    with quiet(), never_asked():
+    with quiet(), never_asked(), few_modules(path):
         try:
             model, lacks = loading.kind.from_pretrained(
                 path,
@@ -110,6 +111,8 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
                 attn_implementation=attention_of(loading.config),
                 output_loading_info=True,
             )
+        except CheckpointError:
+            raise
         except Exception as error:  # transformers, safetensors and torch raise many kinds
             raise _cant_load(path, error) from error
     _refuse_missing(lacks["missing_keys"], path, replaced)
