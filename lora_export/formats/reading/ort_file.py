@@ -112,7 +112,7 @@ def write_ort_file(
 
 def _reason(error: RuntimeError) -> str:
     """Return the error's text without the C++ source line that onnxruntime puts first."""
-    return re.split(r"\)>? ", str(error).strip())[-1][:200]
+    return re.sub(r"^\S+:\d+ .*?\)>? ", "", str(error).strip(), count=1)[:200]
 
 
 def _value(maker: Any, values: Array) -> Any:
