@@ -28,13 +28,13 @@ def weights_bytes(folder: Path) -> int:
 
 @contextlib.contextmanager
 def few_modules(folder: Path) -> Iterator[None]:
-    """Count what this thread's models in the block are made of.
+    """Count modules, parameters and buffers of the models that this thread makes in the block.
 
     Args:
         folder: Of the checkpoint.
 
     Raises:
-        CheckpointError: It is more than the weights can be for.
+        CheckpointError: There are more than the weights can be for.
     """
     from torch.nn.modules import module as torch_modules
 

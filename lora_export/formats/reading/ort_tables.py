@@ -4,7 +4,7 @@ The file is a FlatBuffer: tables point to names, shapes and values by offsets, a
 the same bytes. So a file of 1 MB can claim any number of gigabytes, which onnxruntime's check of offsets lets
 pass. Rules:
 
-1. Names, shapes and values together are no larger than the file: no two tensors share their bytes.
+1. Names, shapes and values together are not larger than the file: no two tensors share their bytes.
 2. There are no more tensors than the file has room for.
 3. A tensor has at most `MOST_AXES` axes.
 4. No name occurs twice (onnxruntime would take one of the two), and each is UTF-8.
