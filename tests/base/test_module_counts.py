@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import peaks
@@ -11,9 +12,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lora_export.base.capture.loading import load_model
 from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.layer_counts import refuse_large_numbers
 from lora_export.base.checkpoint.meta_model import build_model
 from lora_export.base.checkpoint.module_counts import few_modules
 from lora_export.errors import CheckpointError
@@ -92,3 +95,31 @@ def test_other_threads_are_not_counted(tmp_path):
             torch.nn.ModuleList(torch.nn.Identity() for _ in range(10_000))
     assert done
     torch.nn.ModuleList(torch.nn.Identity() for _ in range(20_000))
+
+
+def test_numbers_that_are_none_of_modules():
+    """DEIMv2 makes a list of so many numbers; 30 million of them took 3.4 GB."""
+    config = transformers.AutoConfig.for_model("deimv2", decoder_n_points=30_000_000)
+    with pytest.raises(CheckpointError, match="larger than in any model") as caught:
+        refuse_large_numbers(Path("base"), config)
+    assert caught.value.problems == ("decoder_n_points: 30000000, wanted at most 131072",)
+
+
+def test_numbers_that_no_model_reads_are_not_looked_at():
+    config = transformers.LlamaConfig.from_dict({"tokens_seen": 3 * 10**12, "best_loss": 10**9})
+    assert config.best_loss == 10**9
+    refuse_large_numbers(Path("base"), config)
+
+
+def test_numbers_of_every_kind_of_model_pass():
+    configs = [*map(_default, CONFIG_MAPPING)]
+    for config in filter(None, configs):
+        refuse_large_numbers(Path("base"), config)
+    assert len(configs) > 300
+
+
+def _default(kind: str) -> Any:
+    try:
+        return CONFIG_MAPPING[kind]()
+    except Exception:  # a config of parts, which have no defaults, or one whose packages are missing
+        return None

@@ -15,7 +15,7 @@ from lora_export.base.checkpoint.checkpoint import (
     no_folder,
     read_config,
 )
-from lora_export.base.checkpoint.layer_counts import refuse_many_layers
+from lora_export.base.checkpoint.layer_counts import refuse_large_numbers, refuse_many_layers
 from lora_export.base.checkpoint.module_counts import few_modules
 from lora_export.base.checkpoint.own_code import model_class, never_asked, refuse_own_code
 from lora_export.base.checkpoint.quantised import refuse_bare_codes
@@ -74,6 +74,7 @@ def look_at(path: Path) -> Loading:
             config = transformers.AutoConfig.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
+            refuse_large_numbers(path, config)
             kind = _model_class(config, path)
             refuse_wide(path, kind, config)
         except CheckpointError:

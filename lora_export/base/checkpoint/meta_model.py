@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_export.adapter import Kind
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.layer_counts import refuse_many_layers
+from lora_export.base.checkpoint.layer_counts import refuse_large_numbers, refuse_many_layers
 from lora_export.base.checkpoint.module_counts import few_modules
 from lora_export.base.checkpoint.own_code import model_class, never_asked, why_not_built
 from lora_export.errors import CheckpointError
@@ -65,9 +65,11 @@ def quiet_config(
     transformers.logging.set_verbosity_error()
     try:
         with _folder_of(checkpoint, changed) as folder, never_asked():
-            yield transformers.AutoConfig.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, **more
             )
+            refuse_large_numbers(checkpoint.folder, config)
+            yield config
     finally:
         transformers.logging.set_verbosity(verbosity)
 
