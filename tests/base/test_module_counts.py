@@ -21,7 +21,7 @@ from lora_export.base.checkpoint.meta_model import build_model
 from lora_export.base.checkpoint.module_counts import few_modules
 from lora_export.errors import CheckpointError
 
-MANY = 300_000
+MANY = 100_000
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
 # Each has modules whose number stands under a key of its own.
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
