@@ -25,7 +25,8 @@ _LABELS = re.compile(r"(?:.*_)?(?:labels|classes)")
 # Words in names of numbers that are larger in some model: of tokens, positions, sizes, angles and so on.
 _LARGE = re.compile(
     r"(?:.*_)?(?:ids?|idx|index|indices|tokens?|vocab|positions?|len|length|ctx|context|window|chunk|sizes?|theta"
-    r"|base|rope|seed|floor|offset|rates?|samples?|pixels?|labels|classes|steps?|freq|frequency)(?:_.*)?"
+    r"|base|rope|seed|floor|offset|rates?|samples?|pixels?|labels|classes|steps?|freq|frequency|seq|seqlen|words"
+    r"|buckets|embeddings|cutoffs?|distance)(?:_.*)?"
 )
 
 
