@@ -97,9 +97,10 @@ def test_other_threads_are_not_counted(tmp_path):
     torch.nn.ModuleList(torch.nn.Identity() for _ in range(20_000))
 
 
-def test_numbers_that_are_none_of_modules():
+@pytest.mark.parametrize("points", [30_000_000, [10_000_000] * 3])
+def test_numbers_that_are_none_of_modules(points):
     """DEIMv2 makes a list of so many numbers; 30 million of them took 3.4 GB."""
-    config = transformers.AutoConfig.for_model("deimv2", decoder_n_points=30_000_000)
+    config = transformers.AutoConfig.for_model("deimv2", decoder_n_points=points)
     with pytest.raises(CheckpointError, match="larger than in any model") as caught:
         refuse_large_numbers(Path("base"), config)
     assert caught.value.problems == ("decoder_n_points: 30000000, wanted at most 131072",)

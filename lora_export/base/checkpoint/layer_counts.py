@@ -82,7 +82,7 @@ def refuse_large_numbers(folder: Path, config: Any) -> None:
 
 
 def _large_numbers(config: Any) -> Iterator[tuple[str, int]]:
-    """Yield place and value of each number that is too large; what no model reads may be of any size."""
+    """Yield place and value of each number, or sum of a list, that is too large and that a model may read."""
     levels = [("", config)]
     while levels:
         place, level = levels.pop()
@@ -90,6 +90,7 @@ def _large_numbers(config: Any) -> Iterator[tuple[str, int]]:
             value = vars(level).get(one.name)  # without looking it up in the layers
             if is_dataclass(value):
                 levels.append((f"{place}{one.name}.", value))
-            for number in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(number, int) and number > MOST_ENTRIES and not _LARGE.fullmatch(one.name):
-                    yield f"{place}{one.name}", number
+            entries = value if isinstance(value, list | tuple) else (value,)
+            number = sum(entry for entry in entries if isinstance(entry, int) and entry > 0)
+            if number > MOST_ENTRIES and not _LARGE.fullmatch(one.name):
+                yield f"{place}{one.name}", number
