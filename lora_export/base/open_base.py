@@ -37,7 +37,7 @@ from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.hashes import FileHash, hash_file, identity_of
 from lora_export.storage.outputs import refuse_inputs, refuse_replacing
 from lora_export.storage.sums.full import full_hash
-from lora_export.untrusted.places import is_folder
+from lora_export.untrusted.places import is_folder, listed
 from lora_export.untrusted.texts import is_utf8
 
 if TYPE_CHECKING:
@@ -349,5 +349,5 @@ def output_paths(out: Path) -> dict[str, Path]:
 
 def _base_files(base: Path, graph: GraphFile) -> list[Path]:
     if is_folder(base):
-        return sorted([*base.glob("*.safetensors"), *base.glob("config.json")])
+        return sorted([*listed(base, "*.safetensors"), *listed(base, "config.json")])
     return [base, *sorted(graph.data_files())]

@@ -15,7 +15,7 @@ from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.sentence_modules import module_paths
 from lora_export.errors import CheckpointError
 from lora_export.formats.reading.weights_files import files_of
-from lora_export.untrusted.places import is_file, is_folder
+from lora_export.untrusted.places import is_file, is_folder, listed
 
 if TYPE_CHECKING:
     from lora_export.graph.onnx_file import GraphFile
@@ -71,7 +71,7 @@ def folder_files(folder: Path) -> list[Path]:
 def holds_weights(folder: Path) -> bool:
     """Return True if a folder exists and has weights: a name on the hub looks like a path."""
     try:
-        return is_folder(folder) and any(folder.glob("*.safetensors"))
+        return is_folder(folder) and bool(listed(folder, "*.safetensors"))
     except OSError:  # a text that is too long to be a path, or a folder that may not be read
         return False
 
@@ -82,4 +82,4 @@ def _module_files(folder: Path) -> list[Path]:
         places = module_paths(folder)
     except CheckpointError:  # reported when they are compared
         return []
-    return [path for place in places for path in sorted((folder / place).glob("*")) if is_file(path)]
+    return [path for place in places for path in listed(folder / place) if is_file(path)]

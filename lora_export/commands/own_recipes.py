@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from lora_export.errors import RecipeError
-from lora_export.untrusted.places import exists, is_folder, is_link
+from lora_export.untrusted.places import exists, is_folder, is_link, listed
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
@@ -35,4 +35,4 @@ def find_recipe(given: Path) -> Path:
 def own_recipes() -> dict[str, Path]:
     """Return name → file."""
     folder = next((folder for folder in _FOLDERS if is_folder(folder)), None)
-    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {} if folder is None else {path.stem: path for path in listed(folder, "*.yaml")}

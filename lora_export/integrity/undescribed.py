@@ -5,7 +5,8 @@
 2. Names are compared without upper and lower case, as some file systems do.
 3. Files in hidden folders, and hidden ones, matter only if their kind is loaded: tools keep their own there
    (``.git``, ``.cache/huggingface``, our locks), and no program looks there by itself.
-4. A link to a folder, and what is neither a file nor a folder, matters: nothing can be said of what is there.
+4. A link to a folder, a folder that can't be listed, and what is neither a file nor a folder, matters:
+   nothing can be said of what is there.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def files_in(folder: Path) -> Iterator[tuple[Path, str]]:
 
     Hidden ones are left out unless they matter.
     """
-    for place, folders, names in os.walk(folder):
+    closed: list[OSError] = []
+    for place, folders, names in os.walk(folder, onerror=closed.append):
         folders.sort()
         for name in [*folders]:
             if is_link(link := Path(place, name)):
@@ -66,6 +68,8 @@ def files_in(folder: Path) -> Iterator[tuple[Path, str]]:
                     yield file, "it is not a regular file"
             elif not _is_hidden(file, folder) or matters(file, folder):
                 yield file, ""
+    for error in closed:
+        yield Path(error.filename), f"it can't be listed: {error.strerror}"
 
 
 def matters(file: Path, folder: Path) -> bool:

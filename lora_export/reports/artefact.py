@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_export.plan import align
 from lora_export.reports.merge import size_text
-from lora_export.untrusted.places import exists, is_file, is_folder
+from lora_export.untrusted.places import exists, is_file, is_folder, listed
 from lora_export.untrusted.shown import limited
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def _kit(path: Path) -> Artefact:
 
     kit = _record("kit", path / _RECORD, path)
     how = f"kit       not built yet: copy the folder to the device, then: {build_line(path)}"
-    built = sorted(file.name for file in path.glob("*.engine"))
+    built = [file.name for file in listed(path, "*.engine")]
     first = f"kit       built here: {', '.join(built)}" if built else how
     return Artefact("kit", {"record": kit.facts, "built": built}, (first, *kit.lines))
 
@@ -269,7 +269,6 @@ def _kit(path: Path) -> Artefact:
 def _genai(path: Path, given: Path) -> Artefact:
     from lora_export.errors import PackageError
     from lora_export.untrusted.documents import read_json
-    from lora_export.untrusted.places import is_file
 
     hint = "have onnxruntime-genai's builder write it again"
     config = read_json(path / _GENAI, PackageError, hint, given=given)
@@ -277,7 +276,7 @@ def _genai(path: Path, given: Path) -> Artefact:
     if not isinstance(model, dict):
         raise PackageError(f"{path / _GENAI} has no 'model' that is an object", "give the folder of a model")
     parts = {name: part for name, part in model.items() if isinstance(part, dict) and "filename" in part}
-    adapters = sorted(file.name for file in path.glob("*.onnx_adapter"))
+    adapters = [file.name for file in listed(path, "*.onnx_adapter")]
     facts = {"config": config, "adapters": adapters}
     lines = [
         f"folder    {path.name}, for onnxruntime-genai",
@@ -285,8 +284,15 @@ def _genai(path: Path, given: Path) -> Artefact:
         f"vocabulary of {model.get('vocab_size')}",
     ]
     for name, part in parts.items():
-        file = path / str(part["filename"])
-        there = "" if is_file(file) else ", which is missing"
-        lines.append(f"{name:<9} {part['filename']}{there}")
+        lines.append(f"{name:<9} {part['filename']}{_absence(path, str(part['filename']))}")
     lines += [f"adapter   {name}" for name in adapters]
     return Artefact("genai folder", facts, tuple(lines))
+
+
+def _absence(folder: Path, name: str) -> str:
+    """Return what is wrong with a file that a config names, or ""; nothing is looked for elsewhere."""
+    from lora_export.untrusted.links import leads_out
+
+    if "\0" not in name and leads_out(folder / name, folder):
+        return ", which is not in the folder"
+    return "" if is_file(folder / name) else ", which is missing"

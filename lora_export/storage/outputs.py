@@ -27,7 +27,7 @@ from lora_export.storage.commit.steps import (
 )
 from lora_export.storage.commit.told import has_begun, has_ended
 from lora_export.storage.inputs import forget_inputs, refuse_changed_inputs
-from lora_export.untrusted.places import exists, is_file, is_folder, is_link, is_there
+from lora_export.untrusted.places import all_below, exists, is_file, is_folder, is_link, is_there
 
 _ANOTHER_NAME = "choose another name"
 # Files that callers are reading; see `reading`.
@@ -287,7 +287,7 @@ def check_parent(target: Path) -> None:
 def sync_tree(path: Path) -> None:
     """Flush a file, or each file of a folder, to the disk."""
     if is_folder(path):
-        for child in path.rglob("*"):
+        for child in all_below(path):
             sync_path(child)
     sync_path(path)
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 # What the system says of a place where nothing is; ELOOP of links that lead to each other.
@@ -62,18 +63,34 @@ def is_link(path: str | Path) -> bool:
     return stat.S_ISLNK(_mode(path, os.lstat) or 0)
 
 
-def files_below(folder: Path) -> list[Path]:
-    """Return the files in a folder and in those below it, by their paths; links to folders are not followed.
+def listed(folder: Path, pattern: str = "*") -> list[Path]:
+    """Return what is in a folder and has such a name (as of `fnmatch`), in order; nothing if it is absent.
 
     Raises:
-        OSError: One of the folders can't be listed, which `pathlib` takes for an empty one.
+        OSError: The folder can't be listed, which ``Path.glob`` takes for an empty one.
+    """
+    if not is_folder(folder):
+        return []
+    return sorted(path for path in folder.iterdir() if fnmatchcase(path.name, pattern))
+
+
+def all_below(folder: Path) -> Iterator[Path]:
+    """Yield what is in a folder and in those below it; links to folders are not followed.
+
+    Raises:
+        OSError: One of the folders can't be listed, which ``Path.rglob`` takes for an empty one.
     """
 
     def refuse(error: OSError) -> None:
         raise error
 
-    listed = os.walk(folder, onerror=refuse)
-    return sorted(file for place, _, names in listed for name in names if is_file(file := Path(place, name)))
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        yield from (Path(place, name) for name in (*folders, *names))
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return the files in a folder and in those below it, by their paths; errors as of `all_below`."""
+    return sorted(filter(is_file, all_below(folder)))
 
 
 def _mode(path: str | Path, look: Callable[[str | Path], os.stat_result]) -> int | None:

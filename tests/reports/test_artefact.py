@@ -142,6 +142,17 @@ def test_a_folder_for_genai(tmp_path, capsys):
     assert "missing" not in said(capsys, tmp_path / "genai_config.json")
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../beside.onnx", "link.onnx"])
+def test_a_folder_for_genai_is_not_left(name, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "beside.onnx").write_text("x")
+    (folder / "link.onnx").symlink_to(tmp_path / "beside.onnx")
+    config = {"model": {"type": "x", "decoder": {"filename": name}}}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    assert f"{name}, which is not in the folder" in said(capsys, folder)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [("m.onnx", "x"), ("m.lora.json", "{}"), ("x.json", "{"), ("genai_config.json", '{"model": 1}')],

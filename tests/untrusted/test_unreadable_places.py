@@ -11,9 +11,10 @@ import tiny
 from exposed_models import group
 
 from lora_export.cli import _run
-from lora_export.storage.hashes import hash_folder
+from lora_export.storage.commit.steps import places_below
+from lora_export.storage.hashes import hash_folder, sha256_of
 from lora_export.untrusted import places
-from lora_export.untrusted.places import exists, files_below, is_file, is_folder, is_link, is_there
+from lora_export.untrusted.places import exists, files_below, is_file, is_folder, is_link, is_there, listed
 
 PACKAGE = Path(places.__file__).parents[1]
 LOOKS = (exists, is_there, is_file, is_folder, is_link)
@@ -78,21 +79,69 @@ def test_no_other_way_of_looking():
     assert not [f"{path}: {found[0]}" for path in files for found in way.finditer(path.read_text())]
 
 
-def test_a_folder_that_cannot_be_listed_is_not_empty(monkeypatch, tmp_path):
+def test_no_other_way_of_listing():
+    """`Path.glob` and `os.walk` take a folder that can't be listed for an empty one."""
+    way = re.compile(r"\.r?glob\(|\bos\.walk\([^()]*\)|\bos\.fwalk")
+    files = [path for path in PACKAGE.rglob("*.py") if not path.as_posix().endswith(_ALONE)]
+    found = [f"{path}: {one[0]}" for path in files for one in way.finditer(path.read_text())]
+    assert not [line for line in found if "onerror=" not in line]
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Let a folder be one that can't be listed."""
+
+    def close(folder, code=errno.EACCES):
+        for name in ("scandir", "listdir"):
+            own = getattr(os, name)
+
+            def scan(path=".", _own=own):
+                if not isinstance(path, int) and os.fspath(path) == os.fspath(folder):
+                    raise OSError(code, os.strerror(code), os.fspath(path))
+                return _own(path)
+
+            monkeypatch.setattr(os, name, scan)
+
+    return close
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(closed, tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "f").write_text("x")
     assert files_below(tmp_path) == [tmp_path / "a" / "b" / "f"]
-    own = os.scandir
-
-    def scan(path="."):
-        if os.fspath(path).endswith("b"):
-            raise PermissionError(errno.EACCES, "no", os.fspath(path))
-        return own(path)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "scandir", scan)
+    assert listed(tmp_path / "a" / "b", "?") == [tmp_path / "a" / "b" / "f"]
+    assert listed(tmp_path / "a" / "b", "*.f") == listed(tmp_path / "none") == []
+    closed(tmp_path / "a" / "b")
+    for look in (hash_folder, files_below, places_below):
         with pytest.raises(PermissionError, match="/a/b"):
-            hash_folder(tmp_path)
+            look(tmp_path)
+    with pytest.raises(PermissionError, match="/a/b"):
+        listed(tmp_path / "a" / "b")
+
+
+def test_a_set_with_a_folder_that_cannot_be_listed_is_not_right(closed, tmp_path, capsys):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "evil.bin").write_text("x")
+    (tmp_path / "tokenizer.txt").write_text("x")
+    (tmp_path / "SHA256SUMS").write_text(f"{sha256_of(tmp_path / 'tokenizer.txt')}  tokenizer.txt\n")
+    assert _run(["verify", str(tmp_path)], False) == 1
+    assert "sub/evil.bin: not described" in capsys.readouterr().err
+    closed(tmp_path / "sub")
+    assert _run(["verify", str(tmp_path)], False) == 1
+    assert "sub: not described; it can't be listed: Permission denied" in capsys.readouterr().err
+
+
+@group("llama")
+def test_a_base_that_cannot_be_listed_is_not_one_without_links(closed, tmp_path, capsys):
+    """Its files can be read by their names, and transformers does that."""
+    base = shutil.copytree(tiny.checkpoint("llama"), tmp_path / "base")
+    closed(base)
+    adapter = str(tiny.adapter("llama"))
+    assert _run(["merge", "--base", str(base), "--adapter", adapter, "-o", str(tmp_path / "out")], False) == 1
+    assert f"{base}: Permission denied" in capsys.readouterr().err
+    words = ["merge-onnx", "--base", str(base), "--adapter", adapter, "-o", str(tmp_path / "m.onnx")]
+    assert _run(words, False) == 1
+    assert f"{base}: Permission denied" in capsys.readouterr().err
 
 
 @group("llama")

@@ -527,5 +527,5 @@ def test_an_onnx_adapter_claims_no_more_than_it_holds(sizes: tuple[int, int], tm
     good, bad = ((struct.pack("<qq", *one)) for one in ((8, 4), sizes))
     assert path.read_bytes().count(good) == 1
     path.write_bytes(path.read_bytes().replace(good, bad))
-    with pytest.raises(AdapterError, match="not a complete"):
+    with pytest.raises(AdapterError, match=r"not a complete \.onnx_adapter file: (Lora Param|Integer over)"):
         read_ort_file(path)

@@ -15,7 +15,8 @@ from lora_export.base.checkpoint.checkpoint import (
     no_folder,
     read_config,
 )
-from lora_export.base.checkpoint.layer_counts import refuse_many_layers
+from lora_export.base.checkpoint.layer_counts import refuse_large_numbers, refuse_many_layers
+from lora_export.base.checkpoint.module_counts import few_modules
 from lora_export.base.checkpoint.own_code import model_class, never_asked, refuse_own_code
 from lora_export.base.checkpoint.quantised import refuse_bare_codes
 from lora_export.base.checkpoint.weight_files import refuse_chosen_elsewhere
@@ -23,7 +24,7 @@ from lora_export.base.checkpoint.widths import refuse_wide
 from lora_export.errors import CheckpointError
 from lora_export.storage.inputs import note_inputs
 from lora_export.untrusted.links import refuse_links
-from lora_export.untrusted.places import exists, is_folder
+from lora_export.untrusted.places import exists, is_folder, listed
 
 EXPORT_YOURSELF = (
     "export the model yourself and go on with that .onnx (lora_export.export_onnx does it, an adapter merged)"
@@ -59,7 +60,7 @@ def look_at(path: Path) -> Loading:
     _refuse_diffusers(path)
     refuse_links(
         path,
-        [found for kind in ("json", "safetensors", "bin") for found in path.glob(f"*.{kind}")],
+        [found for kind in ("json", "safetensors", "bin") for found in listed(path, f"*.{kind}")],
         CheckpointError,
     )
     written = read_config(path)
@@ -73,6 +74,7 @@ def look_at(path: Path) -> Loading:
             config = transformers.AutoConfig.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
+            refuse_large_numbers(path, config)
             kind = _model_class(config, path)
             refuse_wide(path, kind, config)
         except CheckpointError:
@@ -100,7 +102,7 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
     import torch
 
     loading = look_at(path)
-    with quiet(), never_asked():
+    with quiet(), never_asked(), few_modules(path):
         try:
             model, lacks = loading.kind.from_pretrained(
                 path,
@@ -110,6 +112,8 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
                 attn_implementation=attention_of(loading.config),
                 output_loading_info=True,
             )
+        except CheckpointError:
+            raise
         except Exception as error:  # transformers, safetensors and torch raise many kinds
             raise _cant_load(path, error) from error
     _refuse_missing(lacks["missing_keys"], path, replaced)

@@ -20,7 +20,7 @@ from lora_export.errors import CheckpointError
 from lora_export.storage.inputs import note_inputs, refuse_changed_inputs
 from lora_export.storage.safetensors import DTYPES, FileHeader, HeaderError, StoredTensor, read_file_header
 from lora_export.untrusted.links import refuse_links
-from lora_export.untrusted.places import exists, is_file, is_folder
+from lora_export.untrusted.places import exists, is_file, is_folder, listed
 
 _OTHER_FORMATS = {
     "pytorch_model.bin": "PyTorch pickles",
@@ -122,7 +122,7 @@ class Checkpoint:
 def model_files(folder: Path) -> list[Path]:
     """Return the files of a folder that define its model: weights, indexes and configs."""
     kinds = ("*.safetensors", "*.bin", "*config.json", "*.index*.json")
-    return [path for kind in kinds for path in folder.glob(kind)]
+    return [path for kind in kinds for path in listed(folder, kind)]
 
 
 def no_folder(path: Path) -> CheckpointError:
@@ -145,12 +145,12 @@ def _diffusers_class(config: Mapping[str, Any]) -> str:
 
 def _no_safetensors(folder: Path) -> CheckpointError:
     found = [f"{name}: {kind}" for name, kind in _OTHER_FORMATS.items() if exists(folder / name)]
-    found += [f"{path.name}: GGUF" for path in sorted(folder.glob("*.gguf"))]
+    found += [f"{path.name}: GGUF" for path in listed(folder, "*.gguf")]
     if exists(folder / "adapter_config.json"):
         return CheckpointError(f"{folder} is an adapter, not a base model", "give it to --adapter")
     if exists(folder / "model_index.json"):
-        models = (path for name in ("*.safetensors", "config.json") for path in folder.glob(f"*/{name}"))
-        parts = sorted({path.parent.name for path in models})
+        below = filter(is_folder, listed(folder))
+        parts = [path.name for path in below if listed(path, "*.safetensors") or listed(path, "config.json")]
         return CheckpointError(
             f"{folder} is a diffusers pipeline of several models, not one",
             f"give the folder of one of them: {', '.join(parts) or 'unet, transformer, text_encoder, …'}",
@@ -161,7 +161,7 @@ def _no_safetensors(folder: Path) -> CheckpointError:
             f"{folder} is a model of sentence-transformers whose transformer has a folder of its own",
             f"give {transformer} as the base, and put what is written in its place in a copy of {folder}",
         )
-    if snapshots := sorted(path for path in folder.glob("snapshots/*") if is_folder(path)):
+    if snapshots := [path for path in listed(folder / "snapshots") if is_folder(path)]:
         return CheckpointError(
             f"{folder} is a model's folder in the Hugging Face cache, above its snapshots",
             f"give the snapshot: {snapshots[-1]}" if len(snapshots) == 1 else "give one of its snapshots",

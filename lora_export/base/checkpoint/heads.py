@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.meta_model import quiet_config
+from lora_export.base.checkpoint.module_counts import few_modules
 
 # Endings of the names of transformers' classes that put a head of labels on a model.
 _ENDS = ("Classification", "QuestionAnswering", "MultipleChoice")
@@ -57,7 +58,7 @@ def _fitting(checkpoint: Checkpoint, path: str, shape: tuple[int, ...]) -> Itera
             kind = getattr(transformers, name)._model_mapping.get(type(config), None)
             if kind is None:
                 continue
-            with torch.device("meta"):
+            with few_modules(checkpoint.folder), torch.device("meta"):
                 shapes = {key: tuple(value.shape) for key, value in kind(config).state_dict().items()}
             # PEFT's paths are those of the whole model.
             if shapes.get(path) == shape:

@@ -1,12 +1,14 @@
 """Limit what a config asks for: transformers builds all of it before it looks at the weights.
 
-These are layers and experts, labels (transformers gives each a name) and the entries of lists and mappings.
+These are layers and experts, labels (transformers gives each a name) and the entries of lists and mappings;
+in a config as transformers has read it, also all other numbers but sizes: models make lists of such lengths.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,12 @@ _COUNTS = re.compile(r"(?:.*_)?(?:layers?|experts|blocks|depths?|hidden_groups|g
 # Classifiers of ImageNet-21k have 21,843.
 MOST_ENTRIES = 1 << 17
 _LABELS = re.compile(r"(?:.*_)?(?:labels|classes)")
+# Words in names of numbers that are larger in some model: of tokens, positions, sizes, angles and so on.
+_LARGE = re.compile(
+    r"(?:.*_)?(?:ids?|idx|index|indices|tokens?|vocab|positions?|len|length|ctx|context|window|chunk|sizes?|theta"
+    r"|base|rope|seed|floor|offset|rates?|samples?|pixels?|labels|classes|steps?|freq|frequency|seq|seqlen|words"
+    r"|buckets|embeddings|cutoffs?|distance)(?:_.*)?"
+)
 
 
 def refuse_many_layers(folder: Path, config: Mapping[str, Any]) -> None:
@@ -54,3 +62,35 @@ def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, int]]:
                     yield f"{place}{key}", one, MOST
                 if isinstance(one, int) and one > MOST_ENTRIES and _LABELS.fullmatch(key):
                     yield f"{place}{key}", one, MOST_ENTRIES
+
+
+def refuse_large_numbers(folder: Path, config: Any) -> None:
+    """Raise `CheckpointError` if a number in a config that transformers has read is too large for any model.
+
+    Args:
+        folder: Folder of the checkpoint, for messages.
+        config: A ``PreTrainedConfig``.
+    """
+    if problems := [
+        f"{place}: {one}, wanted at most {MOST_ENTRIES}" for place, one in _large_numbers(config)
+    ]:
+        raise CheckpointError(
+            f"{folder}/config.json has numbers that are larger than in any model",
+            "download it again, or write the numbers that the weights have",
+            problems,
+        )
+
+
+def _large_numbers(config: Any) -> Iterator[tuple[str, int]]:
+    """Yield place and value of each number, or sum of a list, that is too large and that a model may read."""
+    levels = [("", config)]
+    while levels:
+        place, level = levels.pop()
+        for one in fields(level):
+            value = vars(level).get(one.name)  # without looking it up in the layers
+            if is_dataclass(value):
+                levels.append((f"{place}{one.name}.", value))
+            entries = value if isinstance(value, list | tuple) else (value,)
+            number = sum(entry for entry in entries if isinstance(entry, int) and entry > 0)
+            if number > MOST_ENTRIES and not _LARGE.fullmatch(one.name):
+                yield f"{place}{one.name}", number

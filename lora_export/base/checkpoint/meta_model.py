@@ -10,7 +10,8 @@ from typing import Any
 
 from lora_export.adapter import Kind
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.layer_counts import refuse_many_layers
+from lora_export.base.checkpoint.layer_counts import refuse_large_numbers, refuse_many_layers
+from lora_export.base.checkpoint.module_counts import few_modules
 from lora_export.base.checkpoint.own_code import model_class, never_asked, why_not_built
 from lora_export.errors import CheckpointError
 from lora_export.storage.commit.leftovers import scratch_folder
@@ -24,7 +25,7 @@ def build_model(checkpoint: Checkpoint, changed: Mapping[str, Any] | None = None
         changed: Config to use instead of the checkpoint's.
 
     Raises:
-        CheckpointError: Building would run code of the checkpoint's own.
+        CheckpointError: Building would run code of the checkpoint's own, or make too many modules.
         ImportError: torch or transformers is missing.
         Exception: transformers doesn't know the model, or can't build it.
     """
@@ -35,7 +36,11 @@ def build_model(checkpoint: Checkpoint, changed: Mapping[str, Any] | None = None
     if why := why_not_built(config):
         raise CheckpointError(why)
     kind = model_class((checkpoint.config.get("architectures") or [""])[0])
-    with quiet_config(checkpoint, changed) as made, torch.device("meta"):
+    with (
+        quiet_config(checkpoint, changed) as made,
+        few_modules(checkpoint.folder),
+        torch.device("meta"),
+    ):
         return kind(made) if kind else transformers.AutoModel.from_config(made, trust_remote_code=False)
 
 
@@ -60,9 +65,11 @@ def quiet_config(
     transformers.logging.set_verbosity_error()
     try:
         with _folder_of(checkpoint, changed) as folder, never_asked():
-            yield transformers.AutoConfig.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, **more
             )
+            refuse_large_numbers(checkpoint.folder, config)
+            yield config
     finally:
         transformers.logging.set_verbosity(verbosity)
 

@@ -20,7 +20,7 @@ from lora_export.errors import AdapterError, CheckpointError, LoraExportError
 from lora_export.formats.reading.tensors import read_safetensors
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.links import link_problems, refuse_link
-from lora_export.untrusted.places import exists, is_file, is_folder, is_link, is_possible
+from lora_export.untrusted.places import exists, files_below, is_file, is_folder, is_link, is_possible, listed
 
 _LIST = "modules.json"
 _COMPARED = (".json", ".safetensors", ".bin", ".pt", ".pth")
@@ -32,7 +32,7 @@ def transformer_folder(folder: Path) -> Path | None:
     """Return the subfolder with the transformer of a model in the older layout (``0_Transformer``)."""
     for path in module_paths(folder):
         place = folder / path
-        if any(place.glob("*.safetensors")) and exists(place / "config.json"):
+        if listed(place, "*.safetensors") and exists(place / "config.json"):
             return place
     return None
 
@@ -140,7 +140,7 @@ def _refuse_linked(folder: Path, path: str) -> None:
 
 def _difference(mine: Path, theirs: Path) -> str:
     """Return the difference of two folders of a module, or an empty text."""
-    for file in sorted(path for path in mine.rglob("*") if is_file(path) and path.suffix in _COMPARED):
+    for file in (path for path in files_below(mine) if path.suffix in _COMPARED):
         if problems := link_problems(mine, [file]):
             return f"it can't be compared: {problems[0]}"
         other = theirs / file.relative_to(mine)

@@ -22,7 +22,7 @@ from typing import Any
 from lora_export.errors import CheckpointError
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import seen
-from lora_export.untrusted.places import is_file, is_folder
+from lora_export.untrusted.places import is_file, is_folder, listed
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _SINGLE = re.compile(rf"(?P<stem>{'|'.join(_STEMS)})(?:\.(?P<variant>[^.]+))?\.safetensors")
@@ -73,7 +73,7 @@ def refuse_chosen_elsewhere(folder: Path, config: Mapping[str, Any]) -> None:
         if place != _KEY or not (isinstance(name, str) and _is_plain(folder, name))
     ]
     if is_folder(folder):
-        names = [path.name for path in folder.glob("*.safetensors")]
+        names = [path.name for path in listed(folder, "*.safetensors")]
         parts = sorted(name for name in names if _DISTRIBUTED.fullmatch(name))
         problems += [
             f"{name}: a part of a distributed checkpoint, loaded before all others" for name in parts
@@ -167,7 +167,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def _sets(folder: Path) -> list[WeightFiles]:
     """Return all sets of a folder; a file that no index names is a set of its own."""
     found, indexed = [], set[str]()
-    for index in sorted(path for path in folder.glob("*.json") if is_index(path.name)):
+    for index in (path for path in listed(folder, "*.json") if is_index(path.name)):
         match = _INDEX.fullmatch(index.name)
         assert match is not None
         try:
@@ -179,7 +179,7 @@ def _sets(folder: Path) -> list[WeightFiles]:
         found.append(
             WeightFiles(name=index.name, stem=stem, variant=match["variant"] or "", index=index, files=files)
         )
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in listed(folder, "*.safetensors"):
         if file.name in indexed or file.name.startswith("adapter"):
             continue
         match = _SINGLE.fullmatch(file.name)

@@ -6,6 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from lora_export.base.checkpoint.module_counts import few_modules, weights_bytes
 from lora_export.errors import CheckpointError
 
 # Weights have at least two bits each; 64 MB are for values without weights (positions, masks, the adapter's).
@@ -24,13 +25,14 @@ def refuse_wide(folder: Path, kind: Any, config: Any) -> None:
     import torch
 
     try:
-        with torch.device("meta"):
+        with few_modules(folder), torch.device("meta"):
             model = kind(deepcopy(config))
+    except CheckpointError:
+        raise
     except Exception:  # loading it says so, or works without
         return
     values = {name: value.numel() for name, value in (*model.named_parameters(), *model.named_buffers())}
-    files = [path for suffix in ("safetensors", "bin", "pt") for path in folder.glob(f"*.{suffix}")]
-    stored = sum(path.stat().st_size for path in files)
+    stored = weights_bytes(folder)
     if (count := sum(values.values())) > _PER_BYTE * stored + _BESIDE:
         largest = sorted(values, key=values.__getitem__, reverse=True)[:_SHOWN]
         raise CheckpointError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.base.checkpoint.families import model_types, source_folder
+from lora_export.untrusted.places import listed
 
 _TABLE = "_tied_weights_keys"
 # Matches a parameter's path in which no module is numbered.
@@ -25,7 +26,7 @@ def may_tie_layers(config: Mapping[str, Any]) -> bool:
     False if transformers, or the model's file in it, is missing, so that it can't be asked either.
     """
     folders = dict.fromkeys(source_folder(kind) for kind in model_types(config))
-    return any(_ties_others(file) for folder in folders if folder for file in folder.glob("modeling_*.py"))
+    return any(_ties_others(file) for folder in folders if folder for file in listed(folder, "modeling_*.py"))
 
 
 def _ties_others(file: Path) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.errors import AdapterError, BackendUnavailable, install_line
 from lora_export.formats.provenance import ONLY_THIS_BASE_KEY
+from lora_export.formats.reading.ort_tables import TablesError, check_tables
 from lora_export.storage.sums.seal import UNSEALED, seal_file
 
 SUFFIX = ".onnx_adapter"
@@ -40,7 +41,16 @@ def read_ort_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
     """
     file = _onnxruntime("read").AdapterFormat
     try:
+        check_tables(path)
         adapter = file.read_adapter(str(path))
+    except TablesError as error:
+        raise AdapterError(
+            f"{path} is not a complete {SUFFIX} file: {error}", "convert or copy it again"
+        ) from error
+    except OSError as error:
+        raise AdapterError(
+            f"cannot read {path}: {error.strerror}", "check the path and its permissions"
+        ) from error
     except RuntimeError as error:
         raise AdapterError(
             f"{path} is not a complete {SUFFIX} file: {_reason(error)}", "convert or copy it again"
@@ -102,7 +112,7 @@ def write_ort_file(
 
 def _reason(error: RuntimeError) -> str:
     """Return the error's text without the C++ source line that onnxruntime puts first."""
-    return re.split(r"\)>? ", str(error).strip())[-1][:200]
+    return re.sub(r"^\S+:\d+ .*?\)>? ", "", str(error).strip(), count=1)[:200]
 
 
 def _value(maker: Any, values: Array) -> Any:

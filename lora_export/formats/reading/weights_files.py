@@ -16,7 +16,7 @@ from lora_export.errors import AdapterError
 from lora_export.formats.reading.ort_file import SUFFIX as ORT_SUFFIX
 from lora_export.formats.reading.pickles import SUFFIXES
 from lora_export.untrusted.documents import read_json
-from lora_export.untrusted.places import exists, is_file, is_folder
+from lora_export.untrusted.places import exists, is_file, is_folder, listed
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -110,7 +110,7 @@ def files_of(source: str | Path) -> list[Path]:
         return [path] if exists(path) else []
     folder = found.files[0].parent
     # Including a config that was not used: it still belongs to the adapter.
-    beside = [folder / CONFIG_NAME, *folder.glob("*.index.json")]
+    beside = [folder / CONFIG_NAME, *listed(folder, "*.index.json")]
     return [*found.files, *(file for file in beside if is_file(file))]
 
 
@@ -198,7 +198,7 @@ def _only_candidate(path: Path, found: Sequence[str]) -> WeightsFiles:
             f"{path} has {CONFIG_NAME} but no {' or '.join((*WEIGHT_NAMES, MLX_NAME))}{others}",
             "save or download the weights too, or give the file itself with its options, such as --alpha",
         )
-    nested = sorted(child.parent.name for child in path.glob(f"*/{CONFIG_NAME}"))
+    nested = [child.name for child in listed(path) if exists(child / CONFIG_NAME)]
     if nested:
         raise AdapterError(
             f"{path} holds no adapter itself, only in its subfolders",

@@ -24,7 +24,7 @@ from lora_export.parity.sides.candidate import Candidate, describe, open_candida
 from lora_export.runtimes.ort.device import Provider
 from lora_export.runtimes.torch.reference import TorchReference
 from lora_export.storage.hashes import hash_file, identity_of
-from lora_export.untrusted.places import exists, is_file, is_folder
+from lora_export.untrusted.places import exists, is_file, is_folder, listed
 
 
 class Reference(Protocol):
@@ -53,7 +53,7 @@ class CheckpointReference:
     def about(self) -> Mapping[str, Any]:
         """Facts for the report; hashing the weights takes a while."""
         facts = {"kind": "checkpoint", "path": str(self.path), "dtype": self.dtype}
-        hashes = [hash_file(file) for file in sorted(self.path.glob("*.safetensors"))]
+        hashes = [hash_file(file) for file in listed(self.path, "*.safetensors")]
         return facts | ({"sha256": identity_of(hashes)} if hashes else {})
 
     def has(self, state: State) -> bool:

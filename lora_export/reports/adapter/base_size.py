@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.errors import CheckpointError
-from lora_export.untrusted.places import is_file, is_folder
+from lora_export.untrusted.places import is_file, is_folder, listed
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def base_size(path: Path) -> BaseSize:
         raise CheckpointError(
             f"there is no base model at {path}", "give a Hugging Face folder or an .onnx file"
         )
-    pickles = sorted(path.glob("pytorch_model*.bin"))
-    if pickles and not any(path.glob("*.safetensors*")):
+    pickles = listed(path, "pytorch_model*.bin")
+    if pickles and not listed(path, "*.safetensors*"):
         return BaseSize(str(path), None, sum(file.stat().st_size for file in pickles))
     tensors = Checkpoint.open(path).tensors.values()  # says what a folder without weights is
     return BaseSize(str(path), sum(math.prod(t.shape) for t in tensors), sum(t.length for t in tensors))

@@ -36,7 +36,7 @@ from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.steps import MARK, RETIRED, discard, itself
 from lora_export.storage.commit.told import has_begun, has_ended, tell
 from lora_export.storage.inputs import forget_inputs
-from lora_export.untrusted.places import is_folder, is_link, is_there
+from lora_export.untrusted.places import all_below, is_folder, is_link, is_there
 
 _STAGED = re.compile(rf".+\.tmp-{IDENTITY}(?:{re.escape(RETIRED)})?", re.DOTALL)
 _SCRATCH = re.compile(rf"\.?lora-export-{IDENTITY}(?:{re.escape(LEASE)}|{re.escape(MARK)})?")
@@ -332,7 +332,7 @@ def _kept(unknown: Sequence[Path]) -> str:
 def _size(path: Path) -> int:
     with contextlib.suppress(OSError):
         if is_folder(path) and not is_link(path):
-            return sum(child.lstat().st_size for child in path.rglob("*") if not is_folder(child))
+            return sum(child.lstat().st_size for child in all_below(path) if not is_folder(child))
         return path.lstat().st_size
     return 0
 

@@ -27,7 +27,7 @@ from typing import Protocol
 from lora_export.errors import OutputError
 from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.told import has_written, tell
-from lora_export.untrusted.places import is_folder, is_link, is_there
+from lora_export.untrusted.places import all_below, is_folder, is_link, is_there
 
 RETIRED, MARK = ".old", ".commit"
 # The file that is locked in each folder (`lock`).
@@ -140,11 +140,8 @@ class Look:
 
 def places_below(folder: Path) -> set[str]:
     """Return the places of all files in a folder, and of links to folders; none if it is not a folder."""
-    found = set()
-    for place, folders, files in os.walk(folder):
-        links = [name for name in folders if is_link(Path(place) / name)]
-        found |= {(Path(place) / name).relative_to(folder).as_posix() for name in (*files, *links)}
-    return found
+    found = (path for path in all_below(folder) if is_link(path) or not is_folder(path))
+    return {path.relative_to(folder).as_posix() for path in found}
 
 
 @dataclass(frozen=True)
