@@ -19,7 +19,7 @@ from lora_export.formats.reading.saved import change_of, with_bias
 from lora_export.formats.schemes import fitted
 from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, StoredRows, path_of
 from lora_export.plan import PlanRow, Refusal
-from lora_export.sites.fit import grouped_dora
+from lora_export.sites.grouped import grouped_dora
 from lora_export.sites.kinds import as_seen
 from lora_export.sites.matrices import embedding_of, linear_of
 

@@ -151,6 +151,7 @@ def _parse(trt: TensorRT, network: Any, job: Job, messages: _Messages) -> None:
     done = parser.parse(Path(job.graph).read_bytes(), job.model)
     errors = [parser.get_error(number) for number in range(parser.num_errors)]
     if done and not errors and network.num_outputs:
+        _let_attention_decompose(trt, network)
         return
     reasons = [
         {"node": error.node_name(), "operator": error.node_operator(), "text": error.desc()}
@@ -160,6 +161,22 @@ def _parse(trt: TensorRT, network: Any, job: Job, messages: _Messages) -> None:
     known = " ".join(reason["text"] for reason in reasons)
     reasons += [{"text": text} for text in messages.errors if text not in known and not reasons]
     raise _Failed("parse", reasons or [{"text": "the parser returned an empty network and no error"}])
+
+
+def _let_attention_decompose(trt: TensorRT, network: Any) -> None:
+    """Let the compiler write an Attention node out where it has no kernel: in float32, or for small heads.
+
+    https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-with-transformers.html
+    """
+    kind = getattr(trt.LayerType, "ATTENTION_OUTPUT", None)
+    if kind is None:  # an older TensorRT: its parser has no such layers
+        return
+    for number in range(network.num_layers):
+        layer = network.get_layer(number)
+        if layer.type == kind:
+            # The bindings return the base class.
+            layer.__class__ = trt.IAttentionOutputLayer
+            layer.attention.decomposable = True
 
 
 def _add_profiles(trt: TensorRT, builder: Any, config: Any, network: Any, job: Job) -> None:

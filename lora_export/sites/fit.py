@@ -9,7 +9,7 @@ from itertools import zip_longest
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.adapter import Array, LoraModule
+from lora_export.adapter import Array
 from lora_export.graph.onnx_file import matrix_shape, shape_of, stored_matrix
 from lora_export.plan import Refusal
 from lora_export.sites import operator_named
@@ -25,18 +25,6 @@ BOTH_WAYS = (
 _ATTENTION = {"GroupQueryAttention", "MultiHeadAttention", "Attention"}
 # Bias, split, rotary embedding and norms of q and k are between a fused projection and the attention.
 _STEPS = 8
-
-
-def grouped_dora(module: LoraModule) -> Refusal | None:
-    """Return the refusal of DoRA on a grouped convolution; None for other modules.
-
-    PEFT's factor is of B and A without their groups (``dora.py``, ``_DoraConvNdLayer``): neither a merge nor
-    a branch computes it.
-    """
-    if not module.has_dora or module.groups == 1:
-        return None
-    detail = f"DoRA on a convolution of {module.groups} groups: PEFT's factor is of B·A without the groups"
-    return Refusal("ambiguous", detail, "train the adapter without DoRA there (use_dora=False)")
 
 
 def accepts(target: Target, use: Use) -> bool:

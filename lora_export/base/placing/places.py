@@ -40,7 +40,7 @@ from lora_export.formats.reading.whole_copies import Reach, reach_of
 from lora_export.formats.schemes import fitted
 from lora_export.plan import Plan, PlanRow, Refusal, unaccounted
 from lora_export.sites.experts import settle as settle_layout
-from lora_export.sites.fit import grouped_dora
+from lora_export.sites.grouped import grouped_dora
 from lora_export.sites.kinds import settle_kinds, unsettled_kind
 from lora_export.sites.naming.names import Named
 from lora_export.storage.patch import Patch, Placement, patch_from, replacement

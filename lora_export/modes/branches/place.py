@@ -21,7 +21,7 @@ from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, refuse
 from lora_export.sites import operator_named
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.doubts.contained import adapter_names
-from lora_export.sites.fit import grouped_dora
+from lora_export.sites.grouped import grouped_dora
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.target import Miss, Site, Target, targets_of
 from lora_export.sites.values.held import held_of

@@ -30,7 +30,7 @@ from lora_export.graph.onnx_file import GraphFile, drop_dead
 from lora_export.modes.branches.place import holds, refuse_exposed
 from lora_export.plan import Plan, PlanRow, Refusal
 from lora_export.sites.bias import restore_biases
-from lora_export.sites.fit import grouped_dora
+from lora_export.sites.grouped import grouped_dora
 from lora_export.sites.isolate import Isolator
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.slot import Use
