@@ -42,7 +42,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_export import AdapterSession, bank_onnx, convert_adapter, load_adapter, merge_onnx, swap_onnx
 from lora_export.binding.bind import bind_adapter
-from lora_export.graph.exposed import WEIGHTS_INPUT, exposed_of
+from lora_export.graph.exposed import WEIGHTS_INPUT, lora_record_of
 
 EAGER, GRAPH = "-1", "1"  # gpu_graph_id: -1 runs without a CUDA graph
 # What is given to swap_onnx and bank_onnx.
@@ -192,7 +192,7 @@ def graph_contenders(
     for name, path in paths.items():
         feeds = {"x": x}
         if name.startswith("swap"):
-            record = exposed_of(metadata_of(path), str(path))
+            record = lora_record_of(metadata_of(path), str(path))
             feeds |= bind_adapter(adapter, record, where=str(path)).tensors
         if name.startswith("bank"):
             feeds[WEIGHTS_INPUT] = onehot

@@ -11,7 +11,7 @@ from lora_export.binding.base_weights import GraphWeights, WeightOf
 from lora_export.binding.bind import bind_adapter, slot_blocks
 from lora_export.errors import AdapterError, LoraExportError
 from lora_export.formats import load_adapter
-from lora_export.graph.exposed import ExposedGraph
+from lora_export.graph.exposed import LoraRecord
 from lora_export.runtimes.model_file import BenchModel
 from lora_export.untrusted.places import exists
 from lora_export.untrusted.shown import limited
@@ -76,9 +76,7 @@ def _file_problems(
             yield f"--adapter {adapter.name}: {_nested(error)}{_converted(adapter, error, models)}"
 
 
-def _bind(
-    adapter: Adapter, name: str, before: Sequence[str], model: BenchModel, exposed: ExposedGraph
-) -> None:
+def _bind(adapter: Adapter, name: str, before: Sequence[str], model: BenchModel, exposed: LoraRecord) -> None:
     """Make an adapter's tensors as loading does, and discard them.
 
     Raises:
@@ -100,7 +98,7 @@ def _bind(
         raise failed
 
 
-def _slots_for(name: str, before: Sequence[str], exposed: ExposedGraph) -> Sequence[int]:
+def _slots_for(name: str, before: Sequence[str], exposed: LoraRecord) -> Sequence[int]:
     """Return the slots that an adapter may get: its own, unless an earlier adapter may have taken it."""
     names = [slot.name for slot in exposed.slots]
     if name in names and all(earlier in names for earlier in before):

@@ -24,7 +24,7 @@ from lora_export.binding.pack import Block, assemble, blocks_of_factors, blocks_
 from lora_export.errors import AdapterError, SiteError
 from lora_export.formats.provenance import only_this_base, refuse_other_base
 from lora_export.formats.reading.scope import how_to_part
-from lora_export.graph.exposed import ExposedGraph, ExposedModule
+from lora_export.graph.exposed import ExposedModule, LoraRecord
 from lora_export.plan import Plan, PlanRow, Refusal, refuse, unaccounted
 
 _MAX_LISTED = 40
@@ -78,7 +78,7 @@ class SlotBinding:
 
 def bind_adapter(
     adapter: Adapter,
-    exposed: ExposedGraph,
+    exposed: LoraRecord,
     *,
     where: str,
     weight_of: WeightOf | None = None,
@@ -140,7 +140,7 @@ def bind_adapter(
 
 def slot_blocks(
     adapter: Adapter,
-    exposed: ExposedGraph,
+    exposed: LoraRecord,
     slot: int,
     *,
     where: str,
@@ -197,7 +197,7 @@ def slot_blocks(
     )
 
 
-def clear_slot(exposed: ExposedGraph, slot: int) -> tuple[Block, ...]:
+def clear_slot(exposed: LoraRecord, slot: int) -> tuple[Block, ...]:
     """Return the blocks that make a slot of a bank an empty one."""
     return blocks_of_slot(exposed, slot, {}, Caster())
 
@@ -205,7 +205,7 @@ def clear_slot(exposed: ExposedGraph, slot: int) -> tuple[Block, ...]:
 def _compare(
     found: Matches,
     adapter: Adapter,
-    exposed: ExposedGraph,
+    exposed: LoraRecord,
     *,
     where: str,
     weight_of: WeightOf | None,
@@ -246,7 +246,7 @@ def _refuse_unused(found: Matches, adapter: Adapter, unused: Set[str]) -> None:
     )
 
 
-def _refuse_ranks(found: Matches, adapter: Adapter, exposed: ExposedGraph) -> None:
+def _refuse_ranks(found: Matches, adapter: Adapter, exposed: LoraRecord) -> None:
     reasons = {}
     for module, pairings in _by_module(found.pairings):
         total = sum(pair.lora.rank for pair in pairings)
@@ -355,7 +355,7 @@ def _scale(
 
 def _finish(
     adapter: Adapter,
-    exposed: ExposedGraph,
+    exposed: LoraRecord,
     found: Matches,
     caster: Caster,
     where: str,
@@ -388,7 +388,7 @@ def _finish(
 
 def _raise_refused(
     adapter: Adapter,
-    exposed: ExposedGraph,
+    exposed: LoraRecord,
     where: str,
     rows: Sequence[PlanRow],
     found: Matches,

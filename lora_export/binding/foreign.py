@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from lora_export.errors import GraphError
-from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member
+from lora_export.graph.exposed import ExposedModule, LoraRecord, Member
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.storage.hashes import hash_file, identity_of
 
@@ -34,7 +34,7 @@ _AGAIN = "make the graph with swap-onnx from the base"
 class ForeignGraph:
     """LoRA record from names; ``genai``: the names are those of onnxruntime-genai's model builder."""
 
-    exposed: ExposedGraph
+    exposed: LoraRecord
     genai: bool
 
 
@@ -61,7 +61,7 @@ def foreign_lora(graph: GraphFile) -> ForeignGraph | None:
     modules = [module for path in paths if (module := _module(path, suffix, inputs, problems)) is not None]
     if problems:
         raise GraphError(f"{graph.path} has LoRA inputs that we don't understand", _AGAIN, problems)
-    record = ExposedGraph(
+    record = LoraRecord(
         mode="swap",
         base=graph.path.name,
         base_sha256=identity_of([hash_file(graph.path)]),

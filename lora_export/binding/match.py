@@ -17,7 +17,7 @@ from lora_export.binding.base_weights import WeightOf, has_constant, holds, read
 from lora_export.binding.paths import Finder, Place
 from lora_export.formats.reading.saved import change_of, with_bias
 from lora_export.formats.schemes import fitted
-from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, StoredRows, path_of
+from lora_export.graph.exposed import ExposedModule, LoraRecord, Member, StoredRows, path_of
 from lora_export.plan import PlanRow, Refusal
 from lora_export.sites.grouped import grouped_dora
 from lora_export.sites.kinds import as_seen
@@ -103,7 +103,7 @@ class Matches:
             self.hints.append(refusal.hint)
 
 
-def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of: WeightOf | None) -> Matches:
+def match_modules(adapter: Adapter, exposed: LoraRecord, where: str, weight_of: WeightOf | None) -> Matches:
     """Pair the targets of an adapter with a graph's modules; each target without a site gets a reason.
 
     Args:
@@ -186,7 +186,7 @@ def split_pack(pairing: Pairing) -> list[Pairing] | Refusal:
     return parts
 
 
-def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> Refusal | None:
+def _unsupported(lora: LoraModule, exposed: LoraRecord) -> Refusal | None:
     """Return the reason why no graph of this kind can take a module; None if one can."""
     if lora.experts > 1:
         return Refusal(

@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_export.adapter import Array, LoraModule
 from lora_export.binding.cast import Caster, dtype_of
-from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member
+from lora_export.graph.exposed import ExposedModule, LoraRecord, Member
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ def cut_b(module: ExposedModule, b: Array) -> dict[str, Array]:
 
 
 def blocks_of_slot(
-    exposed: ExposedGraph, slot: int, loras: Mapping[str, LoraModule], caster: Caster
+    exposed: LoraRecord, slot: int, loras: Mapping[str, LoraModule], caster: Caster
 ) -> tuple[Block, ...]:
     """Return every rectangle that a slot of a bank owns.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lora_export.adapter import Adapter
 from lora_export.formats.provenance import is_converted
-from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, path_of
+from lora_export.graph.exposed import ExposedModule, LoraRecord, Member, path_of
 from lora_export.plan import Refusal
 from lora_export.sites.naming import names
 from lora_export.sites.naming.known_names import KnownNames
@@ -54,7 +54,7 @@ class Finder:
     def __init__(
         self,
         adapter: Adapter,
-        exposed: ExposedGraph,
+        exposed: LoraRecord,
         where: str,
         others: Callable[[], Iterable[str]] = tuple,
     ) -> None:
@@ -102,7 +102,7 @@ class Finder:
         return Refusal("not exposed", f"{self._where} has no LoRA tensors for it{seen}")
 
 
-def _places(exposed: ExposedGraph, packs: bool) -> Mapping[str, tuple[ExposedModule, Member]]:
+def _places(exposed: LoraRecord, packs: bool) -> Mapping[str, tuple[ExposedModule, Member]]:
     """Map parameter paths in the base to the module and member that take their change."""
     places = {}
     if packs:

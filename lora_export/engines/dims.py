@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lora_export.engines.record import Port
 from lora_export.graph.captured import BATCH, PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE
-from lora_export.graph.exposed import ExposedGraph
+from lora_export.graph.exposed import LoraRecord
 
 PAST, TOTAL, RANK = PAST_SEQUENCE, TOTAL_SEQUENCE, "rank"
 # Profiles whose names decide their sizes.
@@ -101,7 +101,7 @@ class RankDim:
         return Range(size(rank.low, 1), size(rank.usual, self.members), size(rank.high, self.members))
 
 
-def rank_dims(exposed: ExposedGraph | None) -> dict[str, RankDim]:
+def rank_dims(exposed: LoraRecord | None) -> dict[str, RankDim]:
     """Return the graph's symbolic ranks by name."""
     found: dict[str, RankDim] = {}
     for module in exposed.modules if exposed else ():
@@ -111,7 +111,7 @@ def rank_dims(exposed: ExposedGraph | None) -> dict[str, RankDim]:
     return found
 
 
-def default_rank(exposed: ExposedGraph | None) -> Range:
+def default_rank(exposed: LoraRecord | None) -> Range:
     """Return the ranks that an engine takes: from 1, which stands for no adapter, to the graph's largest."""
     high = exposed.max_rank if exposed else 1
     return Range(1, max(high // 2, 1), high)

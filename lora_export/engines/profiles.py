@@ -29,7 +29,7 @@ from lora_export.engines.dims import (
 from lora_export.engines.record import Port, Profile, ShapeRange
 from lora_export.errors import BackendError
 from lora_export.graph.captured import SEQUENCE
-from lora_export.graph.exposed import ExposedGraph
+from lora_export.graph.exposed import LoraRecord
 from lora_export.graph.expressions import evaluate, names_in
 from lora_export.graph.roles import role_of
 
@@ -114,7 +114,7 @@ def parse_shapes(words: Sequence[str]) -> dict[str, str]:
 
 def make_profiles(
     inputs: Sequence[Port],
-    exposed: ExposedGraph | None,
+    exposed: LoraRecord | None,
     largest: Mapping[str, int],
     requests: Sequence[ProfileRequest],
 ) -> tuple[Profile, ...]:
@@ -158,7 +158,7 @@ class _Maker:
     def __init__(
         self,
         inputs: Sequence[Port],
-        exposed: ExposedGraph | None,
+        exposed: LoraRecord | None,
         largest: Mapping[str, int],
         request: ProfileRequest,
     ) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from lora_export.engines import BACKENDS, compiler_of
 from lora_export.errors import BackendError
-from lora_export.graph.exposed import ExposedGraph
+from lora_export.graph.exposed import LoraRecord
 from lora_export.storage.hashes import FileHash
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.sums.full import file_digest
@@ -157,7 +157,7 @@ class EngineRecord:
     outputs: tuple[Port, ...]
     profiles: tuple[Profile, ...]
     source: EngineSource
-    exposed: ExposedGraph | None = None
+    exposed: LoraRecord | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     memory: Mapping[str, Count] = field(default_factory=dict)
@@ -224,7 +224,7 @@ class EngineRecord:
         exposed, problems = data.get("exposed"), list[str]()
         # The LoRA record has rules of its own.
         try:
-            lora = None if exposed is None else ExposedGraph.from_data(exposed)
+            lora = None if exposed is None else LoraRecord.from_data(exposed)
         except FieldError as error:
             problems += (f"exposed.{problem}" for problem in error.problems)
         try:

@@ -186,7 +186,7 @@ class Slot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExposedGraph:
+class LoraRecord:
     """The LoRA record of a graph.
 
     Attributes:
@@ -244,7 +244,7 @@ class ExposedGraph:
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> ExposedGraph:
+    def from_json(cls, text: str) -> LoraRecord:
         """Read the record that `to_json` wrote.
 
         Raises:
@@ -262,7 +262,7 @@ class ExposedGraph:
             raise GraphError("the graph's LoRA record is damaged", _AGAIN, error.problems) from error
 
     @classmethod
-    def from_data(cls, data: object) -> ExposedGraph:
+    def from_data(cls, data: object) -> LoraRecord:
         """Make the record from plain data.
 
         Raises:
@@ -274,7 +274,7 @@ class ExposedGraph:
         return record
 
 
-def _contradictions(record: ExposedGraph) -> Iterator[str]:
+def _contradictions(record: LoraRecord) -> Iterator[str]:
     """Yield the contradictions between parts of a record."""
     if record.format != FORMAT:
         yield f"format: {record.format}, but this version reads {FORMAT}"
@@ -301,7 +301,7 @@ def _contradictions(record: ExposedGraph) -> Iterator[str]:
                 yield f"{where}.members[{j}].ranks: {ranks}, but the record has {len(record.slots)} slots"
 
 
-def exposed_of(metadata: Mapping[str, str], where: str) -> ExposedGraph:
+def lora_record_of(metadata: Mapping[str, str], where: str) -> LoraRecord:
     """Return the LoRA record in a model's metadata.
 
     Args:
@@ -317,4 +317,4 @@ def exposed_of(metadata: Mapping[str, str], where: str) -> ExposedGraph:
             f"{where} has no exposed LoRA: its metadata lack {KEY!r}",
             "make it with: lora-export swap-onnx --base BASE.onnx --adapter ADAPTER -o OUT.onnx",
         )
-    return ExposedGraph.from_json(text)
+    return LoraRecord.from_json(text)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from lora_export.graph.exposed import ExposedGraph, ExposedModule
+from lora_export.graph.exposed import ExposedModule, LoraRecord
 from lora_export.untrusted.shown import shown
 
 
-def size_problems(record: ExposedGraph, shapes: Mapping[str, Sequence[object] | None]) -> list[str]:
+def size_problems(record: LoraRecord, shapes: Mapping[str, Sequence[object] | None]) -> list[str]:
     """Return a line for each LoRA input whose sizes differ from the record's.
 
     Args:
@@ -36,7 +36,7 @@ def size_problems(record: ExposedGraph, shapes: Mapping[str, Sequence[object] | 
     return problems
 
 
-def _wanted(record: ExposedGraph, module: ExposedModule) -> Iterator[tuple[str, list[int | None]]]:
+def _wanted(record: LoraRecord, module: ExposedModule) -> Iterator[tuple[str, list[int | None]]]:
     """Yield each tensor's name and sizes; None for a rank that a request chooses."""
     is_bank, is_conv = record.mode == "bank", module.kind == "conv"
     rank = sum(sum(member.ranks) for member in module.members) if is_bank else module.rank

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_export.graph.exposed import ExposedGraph
+from lora_export.graph.exposed import LoraRecord
 from lora_export.graph.reach import Reach
 
 
-def unused_modules(graph: ir.Graph, exposed: ExposedGraph, *, genai: bool = False) -> frozenset[str]:
+def unused_modules(graph: ir.Graph, exposed: LoraRecord, *, genai: bool = False) -> frozenset[str]:
     """Return `ExposedModule.name` of modules of whose tensors one changes no output, whatever its values.
 
     One of a module that is called on zeros does so in PyTorch as well (`doubts.unused`), and is left out.

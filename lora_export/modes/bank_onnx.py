@@ -23,7 +23,7 @@ from lora_export.base.write_options import WriteOptions
 from lora_export.binding.cast import Caster
 from lora_export.binding.pack import Block, assemble, blocks_of_slot, cut_b
 from lora_export.errors import AdapterError
-from lora_export.graph.exposed import UNHASHED, ExposedGraph, Flavour, Resident, Slot
+from lora_export.graph.exposed import UNHASHED, Flavour, LoraRecord, Resident, Slot
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.graph.shapes import shapes_of
 from lora_export.modes.branches.bundles import Bundle, bundles_of, with_ranks
@@ -174,7 +174,7 @@ def _fill(
     bundles = [with_ranks(bundle, ranks) for bundle in bundles_of(branches, form.pack, cut)]
     same_symbol = form.flavour == "tensorrt"
     gate = BankGate(graph, len(adapters), shapes_of(graph.model), form.batch_input, same_symbol=same_symbol)
-    record = ExposedGraph(
+    record = LoraRecord(
         mode="bank",
         base=base,
         base_sha256=opened.identity,
@@ -250,7 +250,7 @@ def _refuse_ranks(modules: Sequence[tuple[str, int, int]], room: int | None) -> 
 
 def _tensors(
     graph: GraphFile,
-    record: ExposedGraph,
+    record: LoraRecord,
     loras: Sequence[dict[str, LoraModule]],
     bundles: Sequence[Bundle],
     caster: Caster,

@@ -19,7 +19,7 @@ from lora_export.errors import GraphError, OutputError, SiteError
 from lora_export.formats import WRITERS, as_adapter, writer_of
 from lora_export.formats.edge_llm import own_files
 from lora_export.formats.provenance import Provenance, Writer, is_converted
-from lora_export.graph.exposed import KEY, ExposedGraph, exposed_of
+from lora_export.graph.exposed import KEY, LoraRecord, lora_record_of
 from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.graph.unused_inputs import unused_modules
 from lora_export.modes.branches.output import refuse_lost_inputs
@@ -170,7 +170,7 @@ class _Form:
         """True if several files are written."""
         return not self.writer.suffix
 
-    def typed(self, exposed: ExposedGraph) -> ExposedGraph:
+    def typed(self, exposed: LoraRecord) -> LoraRecord:
         """Return a LoRA record with the dtype that the form has for all tensors, if it has one."""
         dtype = self.writer.dtype
         if not dtype:
@@ -186,13 +186,13 @@ class _Form:
             outputs.commit((lambda: _check_folder(target)) if self.is_folder else None)
 
 
-def _exposed(file: GraphFile) -> tuple[ExposedGraph, bool]:
+def _exposed(file: GraphFile) -> tuple[LoraRecord, bool]:
     """Return the graph's LoRA record, and True if its tensors have onnxruntime-genai's own names."""
     if KEY not in file.model.metadata_props:
         if found := foreign_lora(file):
             return found.exposed, found.genai
         refuse_contained(file)
-    exposed = exposed_of(file.model.metadata_props, str(file.path))
+    exposed = lora_record_of(file.model.metadata_props, str(file.path))
     if exposed.mode == "bank":
         raise GraphError(
             f"{file.path} is a bank: its slots take adapters as they are, not converted files",
@@ -249,7 +249,7 @@ def _check_folder(output: Path) -> None:
         refuse_strangers(output, own_files(output), "converted adapter")
 
 
-def _provenance(adapter: Adapter, exposed: ExposedGraph, binding: Binding) -> Provenance:
+def _provenance(adapter: Adapter, exposed: LoraRecord, binding: Binding) -> Provenance:
     kinds = {module.name: module.kind for module in exposed.modules if module.kind != "linear"}
     # For a file that was converted before, this is the adapter that it was made from.
     made_of = adapter.config if is_converted(adapter.config) else {}
@@ -265,7 +265,7 @@ def _provenance(adapter: Adapter, exposed: ExposedGraph, binding: Binding) -> Pr
     )
 
 
-def _refuse_modules(binding: Binding, exposed: ExposedGraph, form: _Form) -> None:
+def _refuse_modules(binding: Binding, exposed: LoraRecord, form: _Form) -> None:
     writer = form.writer
     problems = [
         f"{module.name}  {reason}"

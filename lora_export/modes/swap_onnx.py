@@ -22,7 +22,7 @@ from lora_export.base.reads import CheckpointChoice
 from lora_export.base.write_options import WriteOptions
 from lora_export.errors import AdapterError
 from lora_export.formats.given import load_given
-from lora_export.graph.exposed import ExposedGraph, ExposedModule, Flavour
+from lora_export.graph.exposed import ExposedModule, Flavour, LoraRecord
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.modes.branches.bundles import Bundle, bundles_of
 from lora_export.modes.branches.calls import Branch
@@ -162,13 +162,13 @@ def _union(
     return union
 
 
-def _expose_all(opened: Base, union: Union, form: _Form, base: str) -> tuple[Plan, ExposedGraph]:
+def _expose_all(opened: Base, union: Union, form: _Form, base: str) -> tuple[Plan, LoraRecord]:
     """Put all branches into the graph, with tensors as inputs; return the plan and the LoRA record."""
     graph, branches, notes = opened.graph, union.branches, list[str]()
     if form.fuse_base:
         branches, notes = fuse_calls(graph, branches)
     bundles = [_fixed(bundle, branches, form.flavour) for bundle in bundles_of(branches, form.pack)]
-    record = ExposedGraph(
+    record = LoraRecord(
         mode="swap",
         base=base,
         base_sha256=opened.identity,
@@ -217,7 +217,7 @@ def _fixed(bundle: Bundle, branches: Sequence[Branch], flavour: Flavour) -> Bund
     return replace(bundle, module=replace(bundle.module, rank=rank))
 
 
-def _expose(graph: GraphFile, module: ExposedModule, record: ExposedGraph) -> Tensors:
+def _expose(graph: GraphFile, module: ExposedModule, record: LoraRecord) -> Tensors:
     """Add a module's tensors to the graph's inputs."""
     dtype = ir_type(module)
     convolution = module.kind == "conv"
@@ -248,7 +248,7 @@ def _expose(graph: GraphFile, module: ExposedModule, record: ExposedGraph) -> Te
 
 def _low_rank(
     graph: GraphFile,
-    record: ExposedGraph,
+    record: LoraRecord,
     module: ExposedModule,
     name: str,
     shape: Sequence[int],

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from lora_export.engines.record import EngineRecord
-    from lora_export.graph.exposed import ExposedGraph
+    from lora_export.graph.exposed import LoraRecord
     from lora_export.graph.onnx_file import GraphFile
 
 # Number of operators, inputs and slots that are named; the others are counted.
@@ -93,14 +93,14 @@ def _json(path: Path) -> Artefact | None:
 def _graph(path: Path) -> Artefact:
     from lora_export.base.history.in_graph import adapters_in, merged_in
     from lora_export.graph.captured import Captured
-    from lora_export.graph.exposed import KEY, exposed_of
+    from lora_export.graph.exposed import KEY, lora_record_of
     from lora_export.graph.onnx_file import load_graph
     from lora_export.storage.inputs import same_inputs
 
     with same_inputs(at_end=True):
         graph = load_graph(path)
         metadata = graph.model.metadata_props
-        exposed = exposed_of(metadata, str(path)) if KEY in metadata else None
+        exposed = lora_record_of(metadata, str(path)) if KEY in metadata else None
         captured, merged = Captured.from_metadata(metadata), merged_in(metadata)
         data = {file.name: file.stat().st_size for file in sorted(graph.data_files())}
     size = path.stat().st_size + sum(data.values())
@@ -167,7 +167,7 @@ def _type_text(kind: ir.TypeProtocol | None) -> str:
     return " ".join([*words, name])
 
 
-def _ports(graph: GraphFile, exposed: ExposedGraph | None) -> list[dict[str, Any]]:
+def _ports(graph: GraphFile, exposed: LoraRecord | None) -> list[dict[str, Any]]:
     """Return the inputs that a request feeds, without LoRA's, which are in the LoRA record."""
     lora = set(exposed.input_names()) if exposed else set()
     held = lora | set(graph.graph.initializers)
@@ -184,7 +184,7 @@ def _counted(counts: Sequence[tuple[str, int]]) -> str:
     return f"{named}, {left} others" if left else named
 
 
-def _lora(exposed: ExposedGraph | None, graph: GraphFile) -> dict[str, Any] | None:
+def _lora(exposed: LoraRecord | None, graph: GraphFile) -> dict[str, Any] | None:
     if exposed is None:
         return None
     # Simplifiers take an input that has a default for a constant.
@@ -200,7 +200,7 @@ def _lora(exposed: ExposedGraph | None, graph: GraphFile) -> dict[str, Any] | No
     }
 
 
-def _lora_lines(exposed: ExposedGraph | None) -> list[str]:
+def _lora_lines(exposed: LoraRecord | None) -> list[str]:
     if exposed is None:
         return ["LoRA      none exposed (a base or merged model)"]
     from lora_export.reports.engine import exposed_lines

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lora_export.engines.build import BuildReport, BuiltEngine
     from lora_export.engines.plan import Group
     from lora_export.engines.record import EngineRecord, Port, Profile, ShapeRange
-    from lora_export.graph.exposed import ExposedGraph
+    from lora_export.graph.exposed import LoraRecord
     from lora_export.packages.build_kit import KitReport
 
 _LORA = ".lora_"
@@ -156,7 +156,7 @@ def record_lines(record: EngineRecord) -> list[str]:
     return [*lines, *profile_lines(record.profiles), *(f"note: {note}" for note in record.notes)]
 
 
-def exposed_lines(exposed: ExposedGraph | None) -> list[str]:
+def exposed_lines(exposed: LoraRecord | None) -> list[str]:
     """Return one line with the LoRA that an engine or a graph takes."""
     if exposed is None:
         return ["LoRA: none exposed (a base or merged model)"]

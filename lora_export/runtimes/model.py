@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from lora_export.adapter import Array
 from lora_export.binding.base_weights import WeightOf
-from lora_export.graph.exposed import ExposedGraph
+from lora_export.graph.exposed import LoraRecord
 from lora_export.runtimes.feeds import DeviceValue, Feeds, Input
 
 # LoRA tensors on the device, ready for a run, in the runtime's own type.
@@ -23,7 +23,7 @@ class Model(Protocol[R]):
         """Path of the model's file."""
 
     @property
-    def record(self) -> ExposedGraph:
+    def record(self) -> LoraRecord:
         """The model's LoRA record."""
 
     @property

@@ -12,7 +12,7 @@ import numpy as np
 from lora_export.engines.record import EngineRecord, is_engine, read_engine
 from lora_export.errors import GraphError
 from lora_export.graph.captured import Captured
-from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, exposed_of
+from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, LoraRecord, lora_record_of
 from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.storage.hashes import sha256_of
 from lora_export.storage.inputs import FileState, same_inputs
@@ -55,7 +55,7 @@ class BenchModel:
     label: str
     kind: Kind
     inputs: tuple[Input, ...]
-    exposed: ExposedGraph | None = None
+    exposed: LoraRecord | None = None
     largest: Mapping[str, int] = field(default_factory=dict)
     vocab_size: int | None = None
     files: tuple[Path, ...] = ()
@@ -120,7 +120,7 @@ def label_models(models: Sequence[BenchModel]) -> list[BenchModel]:
 
 def _of_graph(path: Path, graph: GraphFile) -> BenchModel:
     metadata = graph.model.metadata_props
-    exposed = exposed_of(metadata, str(path)) if KEY in metadata else None
+    exposed = lora_record_of(metadata, str(path)) if KEY in metadata else None
     lora = {*exposed.input_names(), WEIGHTS_INPUT} if exposed else set()
     defaults = set(graph.graph.initializers)
     inputs, problems = [], []

@@ -14,7 +14,7 @@ from lora_export.engines.record import is_engine
 from lora_export.errors import AdapterError, BackendError
 from lora_export.formats import load_adapter
 from lora_export.formats.reading.weights_files import files_of
-from lora_export.graph.exposed import ExposedGraph
+from lora_export.graph.exposed import LoraRecord
 from lora_export.runtimes.bank_slots import BankSlots, Rows
 from lora_export.runtimes.feeds import DeviceValue, Feeds
 from lora_export.runtimes.held_adapter import HeldAdapter
@@ -145,7 +145,7 @@ class AdapterSession:
         self._model.save_runtime_cache()
 
     @property
-    def record(self) -> ExposedGraph:
+    def record(self) -> LoraRecord:
         """The graph's LoRA record."""
         return self._model.record
 

@@ -1,6 +1,6 @@
 """Find the sites of modules in a graph: one file per operator that reads a weight.
 
-Each file has a record of all facts of its operator (`sites.slot.Operator`). Operators without a file can
+Each file has a record of all facts of its operator (`sites.operand.Operator`). Operators without a file can
 still hold vectors (biases, norms) and parameters that are found by their own name.
 """
 
@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_export.sites.slot import Operator
+    from lora_export.sites.operand import Operator
 
 # (domain, operator) → "module:record", imported when a graph has such a node.
 OPERATORS: dict[tuple[str, str], str] = {

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from lora_export.graph.onnx_file import FLOAT_TYPES, take_over_output
 from lora_export.sites import operator_of
 from lora_export.sites.fit import placement_at
-from lora_export.sites.slot import ROUNDED_OR_MOVED, Slot, Use, constant_behind
+from lora_export.sites.operand import ROUNDED_OR_MOVED, Operand, Use, constant_behind
 from lora_export.sites.target import Miss, Part, Site, Stack, Target, WeightOf
 
 _ADDED = "added: the exporter dropped a bias of zeros"
@@ -61,7 +61,7 @@ def _restored(weight: Site, target: Target) -> Site | None:
                     uses.append(
                         Use(
                             node=reader,
-                            slot=Slot(index=index, kind="vector", parameter="bias"),
+                            operand=Operand(index=index, kind="vector", parameter="bias"),
                             root=value,
                             chain=(),
                             transposed=False,
@@ -154,7 +154,7 @@ def _wire(node: ir.Node, bias: ir.Value) -> Use:
         node.replace_input_with(index, bias)
         return Use(
             node=node,
-            slot=Slot(index=index, kind="vector", parameter="bias"),
+            operand=Operand(index=index, kind="vector", parameter="bias"),
             root=bias,
             chain=(),
             transposed=False,
@@ -169,5 +169,9 @@ def _wire(node: ir.Node, bias: ir.Value) -> Use:
     if product.is_graph_output():
         take_over_output(product, total)
     return Use(
-        node=add, slot=Slot(index=1, kind="vector", parameter="bias"), root=bias, chain=(), transposed=False
+        node=add,
+        operand=Operand(index=1, kind="vector", parameter="bias"),
+        root=bias,
+        chain=(),
+        transposed=False,
     )

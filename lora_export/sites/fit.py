@@ -13,7 +13,7 @@ from lora_export.adapter import Array
 from lora_export.graph.onnx_file import matrix_shape, shape_of, stored_matrix
 from lora_export.plan import Refusal
 from lora_export.sites import operator_named
-from lora_export.sites.slot import DEQUANTIZE, LEFT, Use
+from lora_export.sites.operand import DEQUANTIZE, LEFT, Use
 from lora_export.sites.target import Miss, Part, Site, Target
 from lora_export.storage.patch import Placement
 
@@ -30,7 +30,7 @@ _STEPS = 8
 def accepts(target: Target, use: Use) -> bool:
     """Return True if a use is of the kind that the target's module has."""
     assert use.root.const_value is not None
-    rank, kind = len(use.root.const_value.shape), use.slot.kind
+    rank, kind = len(use.root.const_value.shape), use.operand.kind
     if pointwise(target, use):
         return True
     if target.kind == "vector":
@@ -42,7 +42,7 @@ def accepts(target: Target, use: Use) -> bool:
         return rank == len(target.shape) and kind == "other"
     if target.kind == "any":
         # Packed codes of a matrix may have any rank.
-        rank = rank if use.slot.shape is None else len(use.slot.shape)
+        rank = rank if use.operand.shape is None else len(use.operand.shape)
         return rank == len(target.shape) and kind in ("linear", "conv", "embedding", "other")
     return kind == target.kind
 
@@ -53,11 +53,11 @@ def pointwise(target: Target, use: Use) -> bool:
     Tools write a Linear as a convolution (for NPUs) or the reverse, or give a kernel another axis.
     """
     assert use.root.const_value is not None
-    if target.kind not in ("linear", "conv", "any") or use.slot.kind not in ("linear", "conv"):
+    if target.kind not in ("linear", "conv", "any") or use.operand.kind not in ("linear", "conv"):
         return False
     shape = shape_of(use.root.const_value)
-    as_it_is = target.kind == use.slot.kind and len(shape) == len(target.shape)
-    if as_it_is or use.slot.shape is not None or (use.slot.kind == "linear" and len(shape) != 2):
+    as_it_is = target.kind == use.operand.kind and len(shape) == len(target.shape)
+    if as_it_is or use.operand.shape is not None or (use.operand.kind == "linear" and len(shape) != 2):
         return False
     groups = use.node.attributes.get_int("group", 1)
     if target.module is not None:
@@ -70,8 +70,8 @@ def pointwise(target: Target, use: Use) -> bool:
 def stored_shape(target: Target, use: Use) -> tuple[int, int]:
     """Return the shape of the stored tensor as a matrix; for a packed one, the shape that it stands for."""
     assert use.root.const_value is not None
-    if use.slot.shape is not None:
-        return use.slot.shape
+    if use.operand.shape is not None:
+        return use.operand.shape
     return matrix_shape(shape_of(use.root.const_value), stacked=target.experts > 1)
 
 
@@ -90,7 +90,12 @@ def place(target: Target, use: Use, part: tuple[int, int] | None = None) -> tupl
     shape = shape_of(use.root.const_value)
     if len(target.shape) > 2 and shape != target.shape and not pointwise(target, use):
         return Refusal("shape", f"the graph's weight is {shape}, the adapter's {target.shape}")
-    if use.slot.kind == "linear" and use.slot.shape is None and len(shape) > 2 and not pointwise(target, use):
+    if (
+        use.operand.kind == "linear"
+        and use.operand.shape is None
+        and len(shape) > 2
+        and not pointwise(target, use)
+    ):
         return Refusal(
             "operator", f"the graph's weight is {shape}, a stack of matrices for {use.node.op_type}"
         )

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from lora_export.errors import SiteError
 from lora_export.graph.onnx_file import initializer_of
-from lora_export.sites.slot import DEQUANTIZE, PASSED, QUANTIZE, SHAPE_ONLY, Use
+from lora_export.sites.operand import DEQUANTIZE, PASSED, QUANTIZE, SHAPE_ONLY, Use
 from lora_export.sites.target import Part
 
 
@@ -37,7 +37,7 @@ class Isolator:
         Raises:
             SiteError: Some of the uses, but not all, belong to another part already.
         """
-        mine = frozenset((id(use.node), use.slot.index) for use in part.uses)
+        mine = frozenset((id(use.node), use.operand.index) for use in part.uses)
         key = (id(part.root), mine)
         if key in self._owners:
             return self._owners[key]
@@ -112,7 +112,7 @@ def _copy(root: ir.Value, uses: tuple[Use, ...], name: str) -> ir.Value:
         end = value
         for position, node in enumerate(use.chain):
             end = _clone(node, end, f"{name}.{number}.{position}", before=use.node)
-        use.node.replace_input_with(use.slot.index, end)
+        use.node.replace_input_with(use.operand.index, end)
     return value
 
 

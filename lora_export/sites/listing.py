@@ -8,8 +8,8 @@ from lora_export.errors import SiteError
 from lora_export.graph.onnx_file import GraphFile, shape_of
 from lora_export.sites import fit
 from lora_export.sites.naming import names
+from lora_export.sites.operand import Use
 from lora_export.sites.resolve import Resolver
-from lora_export.sites.slot import Use
 from lora_export.sites.target import Target, TargetKind
 
 ALL_LINEAR = "all-linear"
@@ -72,7 +72,7 @@ def _refuse_nameless(resolver: Resolver, graph: GraphFile) -> None:
     nameless = [
         f"{use.node.op_type} {use.node.name or ''} of {use.root.name}"
         for use in resolver.uses
-        if use.slot.kind == "linear" and use.slot.index == 1 and id(use.node) not in named
+        if use.operand.kind == "linear" and use.operand.index == 1 and id(use.node) not in named
     ]
     if nameless:
         raise SiteError(
@@ -107,7 +107,7 @@ def _modules(resolver: Resolver) -> Iterator[Target]:
     """Yield every module that can get a branch, by the most trusted name of each of its uses."""
     seen: set[str] = set()
     for use, key in resolver.named_uses():
-        kind = _KINDS.get(use.slot.kind)
+        kind = _KINDS.get(use.operand.kind)
         if key in seen or kind is None or not key.endswith(".weight"):
             continue
         seen.add(key)
@@ -118,7 +118,7 @@ def _modules(resolver: Resolver) -> Iterator[Target]:
 
 def _canonical_shape(use: Use) -> tuple[int, ...]:
     assert use.root.const_value is not None
-    if use.slot.kind == "conv":
+    if use.operand.kind == "conv":
         return shape_of(use.root.const_value)
     rows, cols = fit.stored_shape(
         Target(key="", kind="linear", shape=(), action="merge", tensor_names=()), use

@@ -47,9 +47,9 @@ from lora_export.sites.naming.likeness import matrix_of
 from lora_export.sites.naming.names import Named
 from lora_export.sites.naming.renaming import NOT_FOUND, Renaming, rename
 from lora_export.sites.naming.towers import Kinds
+from lora_export.sites.operand import WEIGHTS, Use
 from lora_export.sites.proof import proven
 from lora_export.sites.search import ValueSearch
-from lora_export.sites.slot import WEIGHTS, Use
 from lora_export.sites.target import BaseWeights, Miss, Part, Site, Stack, Target, Wanted, WeightOf
 from lora_export.sites.uses import find_uses, in_bodies
 from lora_export.storage.patch import Placement
@@ -177,7 +177,7 @@ class Resolver:
         changes = {name for name in (self.weight_of.names if self.weight_of else ()) if name}
         answers = computed_answers(sites, self.uses, self._base, constants=self._constants, changed=changes)
         lost = {key: Miss(targets[key], why) for key, why in answers.items()}
-        weights = (use for use in self.uses if use.slot.kind in WEIGHTS)
+        weights = (use for use in self.uses if use.operand.kind in WEIGHTS)
         remedy = _OF_BODY if in_bodies(weights, self._graph.graph) else REMEDY
         if self._base is not None:
             for key, refusal in fused_answers(sites, self.uses, self._base, changes).items():
@@ -427,7 +427,7 @@ def _unread(target: Target, named: Sequence[Sequence[Use]]) -> Refusal | None:
     if not uses:
         return None
     if target.kind in WEIGHTS and all(
-        use.slot.kind in WEIGHTS and (use.slot.kind == "embedding") != (target.kind == "embedding")
+        use.operand.kind in WEIGHTS and (use.operand.kind == "embedding") != (target.kind == "embedding")
         for use in uses
     ):
         found = "rows are looked up" if target.kind != "embedding" else "a product"

@@ -11,7 +11,7 @@ from lora_export.graph.onnx_file import release
 from lora_export.plan import Refusal
 from lora_export.sites import fit, matrices
 from lora_export.sites.doubts import readers
-from lora_export.sites.slot import Use
+from lora_export.sites.operand import Use
 from lora_export.sites.target import Miss, Part, Site, Stack, Target, Wanted, WeightOf
 from lora_export.sites.values.fingerprints import Places, find_places
 from lora_export.sites.values.verify import orientations, search, tile

@@ -15,7 +15,7 @@ from lora_export.formats.reading.whole_copies import reach_of
 from lora_export.plan import Proof, Refusal, RefusalKind
 from lora_export.sites.naming.names import Named
 from lora_export.sites.naming.towers import Kinds
-from lora_export.sites.slot import Use
+from lora_export.sites.operand import Use
 from lora_export.storage.patch import Placement
 
 TargetKind = Literal["linear", "conv", "embedding", "parameter", "vector", "any"]

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from lora_export.errors import GraphError
 from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile, shape_of
 from lora_export.sites import operator_named, operator_of
-from lora_export.sites.slot import (
+from lora_export.sites.operand import (
     DEQUANTIZE,
     NORMS,
     PASSED,
@@ -17,7 +17,7 @@ from lora_export.sites.slot import (
     SHAPE_ONLY,
     SKIP_NORMS,
     WEIGHTS,
-    Slot,
+    Operand,
     Use,
 )
 from lora_export.sites.values.ranges import is_fixed
@@ -52,12 +52,12 @@ def has_body(node: ir.Node) -> bool:
 
 def _uses_of(node: ir.Node) -> Iterator[Use]:
     operator, named = operator_of(node.domain, node.op_type), operator_named(node.op_type)
-    slots = operator.slots(node) if operator else []
+    operands = operator.operands(node) if operator else []
     # Scales and zero points are a part of their weight, not weights of their own.
-    taken = {slot.index for slot in slots} | (named.code_inputs if named else frozenset())
-    for slot in [*slots, *_vector_slots(node, taken)]:
-        value = node.inputs[slot.index] if slot.index < len(node.inputs) else None
-        if value is not None and (use := _trace(node, slot, value)) is not None:
+    taken = {operand.index for operand in operands} | (named.code_inputs if named else frozenset())
+    for operand in [*operands, *_vector_operands(node, taken)]:
+        value = node.inputs[operand.index] if operand.index < len(node.inputs) else None
+        if value is not None and (use := _trace(node, operand, value)) is not None:
             yield use
 
 
@@ -66,25 +66,25 @@ def _is_dequantised(value: ir.Value) -> bool:
     return any(node.op_type in DEQUANTIZE for node, index in value.uses() if index == 0)
 
 
-def _vector_slots(node: ir.Node, taken: set[int]) -> Iterator[Slot]:
+def _vector_operands(node: ir.Node, taken: set[int]) -> Iterator[Operand]:
     for index in range(len(node.inputs)):
         if index in taken:
             continue
         if node.op_type in _VECTOR_PARAMETERS:
-            yield Slot(index=index, kind="vector", parameter=_VECTOR_PARAMETERS[node.op_type])
+            yield Operand(index=index, kind="vector", parameter=_VECTOR_PARAMETERS[node.op_type])
         elif node.op_type in NORMS and index in (1, 2):
-            yield Slot(index=index, kind="vector", parameter="weight" if index == 1 else "bias")
+            yield Operand(index=index, kind="vector", parameter="weight" if index == 1 else "bias")
         elif node.op_type in SKIP_NORMS and index in (2, 3):
-            yield Slot(index=index, kind="vector", parameter="weight" if index == 2 else "bias")
+            yield Operand(index=index, kind="vector", parameter="weight" if index == 2 else "bias")
         elif node.op_type not in PASSED | SHAPE_ONLY | DEQUANTIZE | QUANTIZE:
-            yield Slot(index=index, kind="other", parameter="")
+            yield Operand(index=index, kind="other", parameter="")
 
 
-def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
+def _trace(node: ir.Node, operand: Operand, value: ir.Value) -> Use | None:
     """Walk from an operand back to the constant that it comes from; return None if there is none."""
     chain: list[ir.Node] = []
-    refusal, quantised = slot.refusal, slot.shape is not None
-    codes = bool(slot.refusal)
+    refusal, quantised = operand.refusal, operand.shape is not None
+    codes = bool(operand.refusal)
     while (maker := value.producer()) is not None:
         source = maker.inputs[0] if maker.inputs else None
         if maker.op_type == "Constant" or source is None:
@@ -103,26 +103,26 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
     if value.const_value is None:
         return None
     shape, dtype = shape_of(value.const_value), value.const_value.dtype
-    packed = slot.shape is not None
-    _check_axes(node, slot, value, len(shape))
-    if (slot.kind in WEIGHTS and len(shape) < 2 and not packed) or not shape:
+    packed = operand.shape is not None
+    _check_axes(node, operand, value, len(shape))
+    if (operand.kind in WEIGHTS and len(shape) < 2 and not packed) or not shape:
         return None
-    no_branch = slot.no_branch
+    no_branch = operand.no_branch
     dequantised = next((node.op_type for node in chain if node.op_type in DEQUANTIZE), None)
     if dequantised and (codes or dtype not in FLOAT_TYPES):
         refusal, quantised = refusal or f"quantised weight ({dequantised})", True
     quantised = quantised or dtype not in FLOAT_TYPES
     if dtype not in FLOAT_TYPES and not refusal:
-        is_looked_up = slot.kind == "embedding" and (chain or _is_dequantised(node.outputs[0]))
-        if slot.kind not in ("linear", "conv") and not is_looked_up:
+        is_looked_up = operand.kind == "embedding" and (chain or _is_dequantised(node.outputs[0]))
+        if operand.kind not in ("linear", "conv") and not is_looked_up:
             return None
         refusal = f"quantised weight ({node.op_type} of {dtype.name})"
         no_branch = f"{node.op_type} of {dtype.name} values: no branch is known for it"
-    transposed, wrong = _orientation(slot, chain, len(shape))
+    transposed, wrong = _orientation(operand, chain, len(shape))
     wrong = wrong or _truncation(chain, dtype)
     return Use(
         node=node,
-        slot=slot,
+        operand=operand,
         root=value,
         chain=tuple(chain),
         transposed=transposed,
@@ -132,11 +132,11 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
     )
 
 
-def _check_axes(node: ir.Node, slot: Slot, root: ir.Value, axes: int) -> None:
+def _check_axes(node: ir.Node, operand: Operand, root: ir.Value, axes: int) -> None:
     """Raise `GraphError` if an operator can't read a weight of so many axes, as ONNX Runtime does."""
-    if slot.kind == "conv" and axes < _CONV_AXES:
+    if operand.kind == "conv" and axes < _CONV_AXES:
         wanted = f"{_CONV_AXES} or more"
-    elif node.op_type in _OF_MATRICES and slot.kind in WEIGHTS and axes != 2:
+    elif node.op_type in _OF_MATRICES and operand.kind in WEIGHTS and axes != 2:
         wanted = "2"
     else:
         return
@@ -157,9 +157,9 @@ def _truncation(chain: list[ir.Node], dtype: ir.DataType) -> str:
     return ""
 
 
-def _orientation(slot: Slot, chain: list[ir.Node], rank: int) -> tuple[bool, str]:
+def _orientation(operand: Operand, chain: list[ir.Node], rank: int) -> tuple[bool, str]:
     """Return True if the constant is the canonical weight's transpose, and the problem of its Transposes."""
-    transposed, wrong = slot.transposed, ""
+    transposed, wrong = operand.transposed, ""
     for node in chain:
         if node.op_type != "Transpose":
             continue
@@ -167,7 +167,7 @@ def _orientation(slot: Slot, chain: list[ir.Node], rank: int) -> tuple[bool, str
         permutation = list(node.attributes.get_ints("perm", ())) or straight[::-1]
         if permutation == straight:
             continue
-        if slot.kind != "conv" and permutation == [*straight[:-2], rank - 1, rank - 2]:
+        if operand.kind != "conv" and permutation == [*straight[:-2], rank - 1, rank - 2]:
             transposed = not transposed
         else:
             wrong = f"the weight passes a Transpose with perm {permutation}"

@@ -36,7 +36,7 @@ class Manifest:
         rounding: Loss by rounding: total and by module.
         outputs: The written files, by kind.
         versions: Versions of the packages that determine the bytes written.
-        exposed: LoRA record of a graph with exposed LoRA, see `exposed.ExposedGraph`.
+        exposed: LoRA record of a graph with exposed LoRA, see `exposed.LoraRecord`.
         files: All files of the output except the manifest itself, by their path from its folder.
     """
 

@@ -20,7 +20,7 @@ from lora_export.engines.prepare.dtypes import NEEDS, TAKEN
 from lora_export.engines.prepare.operators import ABSENT
 from lora_export.engines.prepare.prepare import admit
 from lora_export.errors import EngineBuildError
-from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, ExposedModule, Member, exposed_of
+from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedModule, LoraRecord, Member, lora_record_of
 from lora_export.graph.onnx_file import load_graph, save_graph
 from lora_export.sites.node_text import find_node, module_of, node_text
 
@@ -83,7 +83,7 @@ def test_lora_tensors_with_a_default_become_plain_inputs(arch, options, tmp_path
     assert any(f"{len(wanted)} LoRA tensors" in note for note in admitted.notes)
     assert admitted.exposed is not None
     assert admitted.exposed.flavour == "tensorrt"
-    assert exposed_of(admitted.graph.model.metadata_props, "it") == admitted.exposed
+    assert lora_record_of(admitted.graph.model.metadata_props, "it") == admitted.exposed
     assert wanted <= rtx_compiler.engine_inputs(given(path))
     assert not wanted & rtx_compiler.engine_inputs(path)
 
@@ -168,7 +168,7 @@ def test_a_float64_module_is_float32_in_the_engine(tmp_path):
         dtype="float64",
         members=(Member(path="w", start=0, out_dim=3),),
     )
-    found.model.metadata_props[KEY] = ExposedGraph(
+    found.model.metadata_props[KEY] = LoraRecord(
         mode="swap", base="b", base_sha256="0", modules=(module,), max_rank=8, flavour="tensorrt"
     ).to_json()
     admitted = admit(found, {"tensorrt-rtx": ["8.9"]})

@@ -25,7 +25,7 @@ from lora_export.engines.memory.activations import WORKSPACE_BYTES, peak_activat
 from lora_export.engines.memory.estimate import OVERHEAD_BYTES, MemoryEstimate, check_fit, estimate_memory
 from lora_export.engines.memory.largest import dimensions, input_shapes, largest_values
 from lora_export.engines.record import Profile
-from lora_export.graph.exposed import KEY, ExposedGraph
+from lora_export.graph.exposed import KEY, LoraRecord
 from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.machines.targets import find_target
 
@@ -288,9 +288,9 @@ def test_weights_are_not_read(tmp_path):
 # --- LoRA ----------------------------------------------------------------------------------------------
 
 
-def record_of(file: GraphFile) -> ExposedGraph | None:
+def record_of(file: GraphFile) -> LoraRecord | None:
     text = file.model.metadata_props.get(KEY)
-    return ExposedGraph.from_json(text) if text else None
+    return LoraRecord.from_json(text) if text else None
 
 
 def profile_for(file: GraphFile, batch: int, sequence: int, past: int = 0, rank: int = 4) -> Profile:

@@ -6,7 +6,7 @@ from lora_export.engines.dims import Range, total_of
 from lora_export.engines.profiles import ProfileRequest, make_profiles, parse_shapes, shape_text
 from lora_export.engines.record import Port
 from lora_export.errors import BackendError
-from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member
+from lora_export.graph.exposed import ExposedModule, LoraRecord, Member
 from lora_export.graph.roles import role_of
 
 
@@ -27,7 +27,7 @@ def lora(name="layer.q", members=1, groups=1):
     module = ExposedModule(
         name=name, kind="linear", in_dim=16, out_dim=8, dtype="float16", members=paths, groups=groups
     )
-    record = ExposedGraph(
+    record = LoraRecord(
         mode="swap",
         base="base.onnx",
         base_sha256="0" * 64,

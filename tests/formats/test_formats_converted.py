@@ -19,7 +19,7 @@ from lora_export import AdapterError, BackendUnavailable, LoraModule, load_adapt
 from lora_export.binding.bind import bind_adapter
 from lora_export.formats import WRITERS, writer_of
 from lora_export.formats.provenance import Provenance, base_version
-from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member
+from lora_export.graph.exposed import ExposedModule, LoraRecord, Member
 from lora_export.reports.adapter.facts import inspect_adapter
 
 BASE = "ab" * 32
@@ -39,7 +39,7 @@ def graph(dtype="float32", dora=False):
         )
         for path, (o, i) in SHAPES.items()
     ]
-    return ExposedGraph(
+    return LoraRecord(
         mode="swap", base="base.onnx", base_sha256=BASE, modules=tuple(modules), max_rank=8, dora=dora
     )
 
@@ -106,7 +106,7 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path, format):
 @pytest.mark.parametrize("format", list(WRITERS))
 def test_a_wrong_base_shows_in_every_format(tmp_path, format):
     read = load_adapter(written(tmp_path, format)[0])
-    other = ExposedGraph(
+    other = LoraRecord(
         mode="swap", base="other.onnx", base_sha256="ef" * 32, modules=graph().modules, max_rank=8
     )
     with pytest.raises(AdapterError, match="made for another base"):
@@ -198,7 +198,7 @@ def test_factors_of_ones_are_none(tmp_path):
     other = replace(module, name="b", members=(Member(path="b", start=0, out_dim=4),))
     bound = bind_adapter(
         read,
-        ExposedGraph(mode="swap", base="b", base_sha256=BASE, modules=(module, other), max_rank=8, dora=True),
+        LoraRecord(mode="swap", base="b", base_sha256=BASE, modules=(module, other), max_rank=8, dora=True),
         where="g",
     )
     assert "b.lora_scale.weight" in bound.tensors
@@ -317,7 +317,7 @@ def test_files_of_other_tools_bind_and_say_that_their_base_is_unknown(tmp_path):
 
 def test_an_embedding_binds_though_the_format_does_not_tell_its_kind(tmp_path):
     module = embedding("e", 7, 3)
-    exposed = ExposedGraph(
+    exposed = LoraRecord(
         mode="swap",
         base="b",
         base_sha256=BASE,

@@ -14,7 +14,7 @@ from branch_graphs import (
 from small_graphs import HEAD, adapter, graph, random, save
 
 from lora_export import AdapterError, GraphError, SiteError
-from lora_export.graph.exposed import exposed_of
+from lora_export.graph.exposed import lora_record_of
 
 
 def test_an_opset_that_is_too_old(tmp_path):
@@ -123,5 +123,5 @@ def test_com_microsoft_attention(tmp_path):
 def test_the_record_is_in_the_file(tmp_path):
     base, weight, _ = linear_base("3-D", tmp_path)
     out, report = swapped(base, adapter(lora("fc", *weight.shape)))
-    assert exposed_of(ir.load(out).metadata_props, out.name) == report.exposed
+    assert lora_record_of(ir.load(out).metadata_props, out.name) == report.exposed
     assert report.exposed.base == "base.onnx"

@@ -28,7 +28,7 @@ from lora_export import (
     load_adapter,
     merge_onnx,
 )
-from lora_export.graph.exposed import KEY, ExposedGraph, ExposedModule, Member, Slot, StoredRows
+from lora_export.graph.exposed import KEY, ExposedModule, LoraRecord, Member, Slot, StoredRows
 from lora_export.modes.swap_onnx import swap_onnx
 from lora_export.reports.adapter.facts import inspect_adapter
 from lora_export.storage.outputs import OutputSet
@@ -100,7 +100,7 @@ def small(folder, record=None, **more):
             dtype="float32",
             members=(Member(path="q", start=0, out_dim=6),),
         )
-        record = ExposedGraph(
+        record = LoraRecord(
             mode="swap", base="base.onnx", base_sha256=BASE, modules=(module,), **({"max_rank": 8} | more)
         )
     if record:
@@ -386,7 +386,7 @@ def test_an_adapter_for_another_base_is_refused_by_hash(tmp_path):
     )
     other = small(
         tmp_path / "other",
-        ExposedGraph(mode="swap", base="other.onnx", base_sha256="cd" * 32, modules=(module,), max_rank=8),
+        LoraRecord(mode="swap", base="other.onnx", base_sha256="cd" * 32, modules=(module,), max_rank=8),
     )
     for name in ("a.safetensors", "a.onnx_adapter"):
         file = convert_adapter(adapter_of(linear("q", 6, 5)), small(tmp_path), tmp_path / name).output
@@ -415,7 +415,7 @@ def test_a_replaced_parameter_is_converted_for_its_base_alone(tmp_path, name):
         )
         return small(
             tmp_path / base_sha256[:2],
-            ExposedGraph(mode="swap", base="b.onnx", base_sha256=base_sha256, modules=(module,), max_rank=8),
+            LoraRecord(mode="swap", base="b.onnx", base_sha256=base_sha256, modules=(module,), max_rank=8),
         )
 
     here, other = graph_of(BASE), graph_of("cd" * 32)
@@ -456,7 +456,7 @@ def test_graphs_that_take_no_adapter(tmp_path):
         dtype="float32",
         members=(Member(path="q", start=0, out_dim=6, ranks=(2,)),),
     )
-    bank = ExposedGraph(
+    bank = LoraRecord(
         mode="bank", base="base.onnx", base_sha256=BASE, modules=(module,), max_rank=2, slots=(Slot("one"),)
     )
     with pytest.raises(GraphError, match="is a bank"):
@@ -494,7 +494,7 @@ def test_edge_llm_takes_linear_modules_but_lm_head(tmp_path, module, kind, reaso
         kernel=module.lora_a.shape[2:],
     )
     model = small(
-        tmp_path, ExposedGraph(mode="swap", base="base.onnx", base_sha256=BASE, modules=(place,), max_rank=8)
+        tmp_path, LoraRecord(mode="swap", base="base.onnx", base_sha256=BASE, modules=(place,), max_rank=8)
     )
     with pytest.raises(SiteError, match=reason):
         convert_adapter(adapter_of(module), model, tmp_path / "edge", format="edge-llm")
@@ -511,7 +511,7 @@ def test_edge_llm_and_genai_have_no_place_for_a_bias(tmp_path):
         bias=True,
     )
     model = small(
-        tmp_path, ExposedGraph(mode="swap", base="base.onnx", base_sha256=BASE, modules=(place,), max_rank=8)
+        tmp_path, LoraRecord(mode="swap", base="base.onnx", base_sha256=BASE, modules=(place,), max_rank=8)
     )
     given = adapter_of(linear("q", 6, 5, lora_bias=random(6)))
     with pytest.raises(SiteError, match=r"q\.lora_B\.bias  has no place in the format"):
@@ -579,7 +579,7 @@ def test_another_base_is_warned_of_and_force_is_for_the_output_alone(tmp_path):
     )
     other = small(
         tmp_path / "other",
-        ExposedGraph(mode="swap", base="other.onnx", base_sha256="cd" * 32, modules=(module,), max_rank=8),
+        LoraRecord(mode="swap", base="other.onnx", base_sha256="cd" * 32, modules=(module,), max_rank=8),
     )
     file = convert_adapter(adapter_of(linear("q", 6, 5)), small(tmp_path), tmp_path / "a.safetensors").output
     arguments = ("convert-adapter", file, "--for", other, "-o", tmp_path / "b.safetensors", "--force")

@@ -26,7 +26,7 @@ from lora_export import (
 from lora_export.binding.bind import bind_adapter
 from lora_export.formats import writer_of
 from lora_export.formats.provenance import Provenance
-from lora_export.graph.exposed import KEY, exposed_of
+from lora_export.graph.exposed import KEY, lora_record_of
 from lora_export.modes.swap_onnx import swap_onnx
 
 A, B = both(1), both(2, rank=4)
@@ -456,7 +456,7 @@ def test_a_graph_without_a_record(tmp_path):
 
 def test_a_record_that_the_graph_does_not_keep(tmp_path):
     model = onnx.load(swap(tmp_path))
-    record = exposed_of({entry.key: entry.value for entry in model.metadata_props}, "s")
+    record = lora_record_of({entry.key: entry.value for entry in model.metadata_props}, "s")
     stranger = dataclasses.replace(record.modules[0], name="gone")
     changed = dataclasses.replace(record, modules=(*record.modules, stranger))
     next(entry for entry in model.metadata_props if entry.key == KEY).value = changed.to_json()

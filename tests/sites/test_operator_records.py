@@ -10,14 +10,14 @@ RECORDS = [(domain, name, operator_of(domain, name)) for domain, name in OPERATO
 INPUTS = 24
 
 
-def slots(domain, name, record):
+def operands(domain, name, record):
     inputs = [ir.Value(name=f"in{number}") for number in range(INPUTS)]
-    return {slot.index: slot for slot in record.slots(ir.node(name, inputs, domain=domain))}
+    return {operand.index: operand for operand in record.operands(ir.node(name, inputs, domain=domain))}
 
 
 @pytest.mark.parametrize(("domain", "name", "record"), RECORDS)
 def test_inputs_have_one_meaning_each(domain, name, record):
-    found = slots(domain, name, record)
+    found = operands(domain, name, record)
     assert not record.code_inputs & found.keys()
     told = {record.weight_scale, record.weight_zero} - {None}
     assert told <= record.code_inputs
@@ -29,10 +29,10 @@ def test_inputs_have_one_meaning_each(domain, name, record):
 @pytest.mark.parametrize(("domain", "name", "record"), RECORDS)
 def test_a_whole_layer_takes_a_merge_and_a_branch(domain, name, record):
     if record.weight is not None:
-        slot = slots(domain, name, record)[record.weight]
-        assert slot.kind in ("linear", "conv", "embedding")
-        assert not slot.refusal
-        assert not slot.no_branch
+        operand = operands(domain, name, record)[record.weight]
+        assert operand.kind in ("linear", "conv", "embedding")
+        assert not operand.refusal
+        assert not operand.no_branch
     if record.is_product:
         assert record.bias is None
     if record.takes_codes:

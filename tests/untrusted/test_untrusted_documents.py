@@ -19,7 +19,7 @@ from lora_export.formats.reading.source import read_config
 from lora_export.graph.captured import MODEL_KEY, Captured
 from lora_export.graph.data_identity import KEY as DATA_KEY
 from lora_export.graph.data_identity import refuse_changed_data
-from lora_export.graph.exposed import ExposedGraph
+from lora_export.graph.exposed import LoraRecord
 from lora_export.packages.onnxruntime_genai import CONFIG, companions_of
 from lora_export.reports.parity.to_json import read_report
 from lora_export.storage.manifest import Manifest
@@ -61,7 +61,7 @@ READERS = {
     "an adapter's config": lambda path: read_config(path, path.parent),
     "a checkpoint's config": read_object,
     "a manifest": lambda path: Manifest.from_json(path.read_bytes()),
-    "a graph's LoRA record": lambda path: ExposedGraph.from_json(path.read_bytes()),
+    "a graph's LoRA record": lambda path: LoraRecord.from_json(path.read_bytes()),
     "a captured graph's record": lambda path: Captured.from_metadata({MODEL_KEY: path.read_bytes()}),
     "a graph's data": lambda path: refuse_changed_data({DATA_KEY: path.read_bytes()}, path, lambda: ""),
     "an engine's record": EngineRecord.read,

@@ -22,7 +22,7 @@ from lora_export.errors import LoraExportError
 from lora_export.graph.captured import DIMS_KEY, MODEL_KEY, Captured
 from lora_export.graph.data_identity import KEY as DATA_KEY
 from lora_export.graph.data_identity import DataIdentity, refuse_changed_data
-from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, StoredRows
+from lora_export.graph.exposed import ExposedModule, LoraRecord, Member, StoredRows
 from lora_export.storage.hashes import FileHash
 from lora_export.storage.manifest import Manifest
 from lora_export.untrusted.fields import (
@@ -169,7 +169,7 @@ def test_all_problems_come_at_once() -> None:
     assert len(caught.value.problems) == 4
 
 
-SWAP = ExposedGraph(
+SWAP = LoraRecord(
     mode="swap",
     base="m.onnx",
     base_sha256="0" * 64,
@@ -216,7 +216,7 @@ def _saved(folder: Path) -> Any:
 
 
 READERS: dict[str, Any] = {
-    "LoRA record": lambda data, _: ExposedGraph.from_json(json.dumps(data)),
+    "LoRA record": lambda data, _: LoraRecord.from_json(json.dumps(data)),
     "engine's record": lambda data, _: EngineRecord.from_json(json.dumps(data), "engine.json"),
     "manifest": lambda data, _: Manifest.from_json(json.dumps(data)),
     "captured": lambda data, _: Captured.from_metadata({MODEL_KEY: json.dumps(data)}),
@@ -268,7 +268,7 @@ def test_the_kind_of_every_field_is_checked() -> None:
             inner = inner[key]
         other: Any = 3 if isinstance(inner, list | dict) else [3]
         with pytest.raises(LoraExportError) as caught:
-            ExposedGraph.from_json(json.dumps(replaced(good, place, other)))
+            LoraRecord.from_json(json.dumps(replaced(good, place, other)))
         last = next((str(key) for key in reversed(place) if isinstance(key, str)), "record")
         assert last in str(caught.value)
 

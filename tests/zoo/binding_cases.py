@@ -8,13 +8,13 @@ from small_graphs import random
 
 from lora_export import Adapter, AdapterError, LoraModule, SiteError
 from lora_export.binding.bind import bind_adapter
-from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, Slot
+from lora_export.graph.exposed import ExposedModule, LoraRecord, Member, Slot
 
 BASE = "ab" * 32
 
 
 def swap(*modules, **more):
-    return ExposedGraph(
+    return LoraRecord(
         mode="swap", base="base.onnx", base_sha256=BASE, modules=modules, **({"max_rank": 8} | more)
     )
 

@@ -20,7 +20,7 @@ from recording_cuda import RecordingCuda
 from lora_export.engines import BACKENDS, compiler_of
 from lora_export.engines.record import BuildOptions, EngineRecord, EngineSource, Port, Profile, record_path
 from lora_export.engines.source import ports_of, serialize
-from lora_export.graph.exposed import KEY, ExposedGraph, ExposedModule, Member, Slot
+from lora_export.graph.exposed import KEY, ExposedModule, LoraRecord, Member, Slot
 from lora_export.graph.onnx_file import load_graph
 from lora_export.runtimes.tensorrt.cuda import CudaDevice
 from lora_export.storage.hashes import FileHash, sha256_of
@@ -129,7 +129,7 @@ def engine_of(
         outputs=outputs,
         profiles=made,
         source=serialize(graph, sha256_of).source,
-        exposed=ExposedGraph.from_json(metadata[KEY]) if KEY in metadata else None,
+        exposed=LoraRecord.from_json(metadata[KEY]) if KEY in metadata else None,
         metadata={key: text for key, text in metadata.items() if key != KEY},
     )
     record_path(path).write_text(dataclasses.replace(record, **fields).to_json(), encoding="utf-8")
@@ -164,7 +164,7 @@ MODULE = ExposedModule(
 )
 
 
-EXPOSED = ExposedGraph(
+EXPOSED = LoraRecord(
     mode="bank",
     base="b.onnx",
     base_sha256="0" * 64,

@@ -16,17 +16,17 @@ from lora_export import (
     swap_onnx,
 )
 from lora_export.binding.bind import bind_adapter
-from lora_export.graph.exposed import WEIGHTS_INPUT, ExposedGraph, exposed_of
+from lora_export.graph.exposed import WEIGHTS_INPUT, LoraRecord, lora_record_of
 from lora_export.graph.onnx_file import load_graph
 
 Array = tiny.Array
 
 
 @cache
-def _opened(path: Path) -> tuple[ExposedGraph, dict[str, Array]]:
+def _opened(path: Path) -> tuple[LoraRecord, dict[str, Array]]:
     graph = load_graph(path)
     weights = {str(value.name): value.const_value.numpy() for value in graph.initializers()}
-    return exposed_of(graph.model.metadata_props, path.name), weights
+    return lora_record_of(graph.model.metadata_props, path.name), weights
 
 
 def tensors(graph: Path, adapter: Path) -> dict[str, Array]:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from small_graphs import adapter, delta, graph, random, save
 
 from lora_export import Adapter, LoraModule
-from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, ExposedModule, Member, Slot
+from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedModule, LoraRecord, Member, Slot
 from lora_export.modes.swap_onnx import swap_onnx
 
 # y = q(p(x)) + shift; h is y in bfloat16.
@@ -118,7 +118,7 @@ def bank(folder: Path, tensors: str, *residents: Adapter, record: dict[str, Any]
         "resident": "initializers" if tensors == "constants" else "inputs",
         "batch_input": "x",
     }
-    made = ExposedGraph(
+    made = LoraRecord(
         mode="bank",
         base="base.onnx",
         base_sha256="",
@@ -129,7 +129,7 @@ def bank(folder: Path, tensors: str, *residents: Adapter, record: dict[str, Any]
     return save(_bank_model(tensors, lora, made), folder, "bank.onnx")
 
 
-def _bank_model(tensors: str, lora: dict[str, np.ndarray], record: ExposedGraph) -> ir.Model:
+def _bank_model(tensors: str, lora: dict[str, np.ndarray], record: LoraRecord) -> ir.Model:
     names = {name.replace(".", "_"): name for name in [*lora, WEIGHTS_INPUT]}
     declared = "".join(
         f", float[{values.shape[0]},{values.shape[1]}] {name.replace('.', '_')}"

@@ -20,7 +20,7 @@ from lora_export.plan import Plan, PlanRow, refuse, unaccounted
 from lora_export.sites.doubts.changed import is_transposed_constant
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.likeness import counterparts
-from lora_export.sites.slot import Use
+from lora_export.sites.operand import Use
 from lora_export.sites.target import Miss, Site
 
 _EXAMPLES = 4
@@ -270,8 +270,8 @@ def _matrices(uses: Sequence[Use]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a graph's matrices by the module that reads them, else by their own names."""
     found = {}
     for use in uses:
-        if use.slot.kind in ("linear", "conv", "embedding") and use.root.const_value is not None:
-            shape = use.slot.shape or shape_of(use.root.const_value)
+        if use.operand.kind in ("linear", "conv", "embedding") and use.root.const_value is not None:
+            shape = use.operand.shape or shape_of(use.root.const_value)
             found[module_of(use.node) or str(use.root.name)] = shape
     return found
 

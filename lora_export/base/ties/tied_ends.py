@@ -31,7 +31,7 @@ from lora_export.plan import Refusal
 from lora_export.sites import fit
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.isolate import readers_of
-from lora_export.sites.slot import Use
+from lora_export.sites.operand import Use
 from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
 from lora_export.sites.values.codes import canonical_shape, rows_of
 from lora_export.sites.values.verify import canonical_rows
@@ -104,7 +104,7 @@ def _uses_of(site: Site) -> list[Use]:
 
 
 def _key(use: Use) -> tuple[int, int]:
-    return id(use.node), use.slot.index
+    return id(use.node), use.operand.index
 
 
 def _changes_whole(site: Site) -> bool:
@@ -127,7 +127,11 @@ def _ends(site: Site, uses: Iterable[Use]) -> list[Use]:
     own = {_key(use) for use in part.uses}
     found = []
     for use in uses:
-        if _key(use) in own or use.slot.kind not in _MATRICES or canonical_shape(use) != site.target.matrix:
+        if (
+            _key(use) in own
+            or use.operand.kind not in _MATRICES
+            or canonical_shape(use) != site.target.matrix
+        ):
             continue
         if use.root is part.root or (rows.any() and _holds(use, mine, picked, rows)):
             found.append(use)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from lora_export.engines.memory.activations import peak_activations
 from lora_export.engines.memory.largest import Sized, dimensions, input_shapes, largest_values
 from lora_export.engines.record import Profile
-from lora_export.graph.exposed import ExposedGraph
+from lora_export.graph.exposed import LoraRecord
 from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile, byte_size, shape_of
 from lora_export.machines.targets import Target
 
@@ -113,7 +113,7 @@ def as_size(size: int) -> str:
 
 def estimate_memory(
     graph: GraphFile,
-    exposed: ExposedGraph | None,
+    exposed: LoraRecord | None,
     profiles: Sequence[Profile],
     bindings: Mapping[str, int] | None = None,
 ) -> MemoryEstimate:
@@ -153,7 +153,7 @@ class _Parts:
 
 
 def _of_profile(
-    graph: GraphFile, exposed: ExposedGraph | None, profile: Profile, bindings: Mapping[str, int]
+    graph: GraphFile, exposed: LoraRecord | None, profile: Profile, bindings: Mapping[str, int]
 ) -> _Parts:
     inputs = input_shapes(graph, profile)
     dims = dict(bindings) | dimensions(graph, inputs)
@@ -205,7 +205,7 @@ def _stored_bytes(value: ir.Value) -> int:
     return size * len(looked_up) if any(dim % 2 for dim in shape_of(tensor)) else size
 
 
-def _rank(exposed: ExposedGraph | None, dims: Mapping[str, int]) -> int:
+def _rank(exposed: LoraRecord | None, dims: Mapping[str, int]) -> int:
     """Return the largest rank of one module: a pack's tensors have the ranks of all its members."""
     modules = exposed.modules if exposed else ()
     return max(

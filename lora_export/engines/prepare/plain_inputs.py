@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from lora_export.engines.prepare.problem import Problem, of_places
-from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, ExposedModule, exposed_of
+from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedModule, LoraRecord, lora_record_of
 from lora_export.graph.exposed_inputs import size_problems
 from lora_export.graph.onnx_file import GraphFile, shape_of
 from lora_export.graph.unused_inputs import unused_modules
@@ -31,7 +31,7 @@ class PlainInputs:
         problems: Inputs that only the user can decide about, and LoRA tensors that don't fit the LoRA record.
     """
 
-    exposed: ExposedGraph | None
+    exposed: LoraRecord | None
     notes: tuple[str, ...]
     problems: tuple[Problem, ...]
 
@@ -43,7 +43,7 @@ def make_plain(graph: GraphFile) -> PlainInputs:
         GraphError: The LoRA record is damaged.
     """
     metadata = graph.model.metadata_props
-    record = exposed_of(metadata, graph.path.name) if KEY in metadata else None
+    record = lora_record_of(metadata, graph.path.name) if KEY in metadata else None
     notes: list[str] = []
     problems: list[Problem] = []
     ours: frozenset[str] = frozenset()
@@ -57,7 +57,7 @@ def make_plain(graph: GraphFile) -> PlainInputs:
     return PlainInputs(record, (*notes, *legacy), (*problems, *more))
 
 
-def _for_tensorrt(record: ExposedGraph) -> ExposedGraph:
+def _for_tensorrt(record: LoraRecord) -> LoraRecord:
     """Return the LoRA record of the engine: plain inputs, and float32 for float64, which TensorRT lacks."""
     modules = tuple(
         replace(module, dtype="float32") if module.dtype == "float64" else module for module in record.modules
@@ -65,12 +65,12 @@ def _for_tensorrt(record: ExposedGraph) -> ExposedGraph:
     return replace(record, flavour="tensorrt", modules=modules)
 
 
-def _exposed_inputs(record: ExposedGraph) -> list[str]:
+def _exposed_inputs(record: LoraRecord) -> list[str]:
     """Return the names of the inputs that the LoRA record lists."""
     return [*[WEIGHTS_INPUT] * (record.mode == "bank"), *record.input_names()]
 
 
-def _record_problems(graph: GraphFile, record: ExposedGraph) -> Iterator[Problem]:
+def _record_problems(graph: GraphFile, record: LoraRecord) -> Iterator[Problem]:
     inputs = {str(value.name): value for value in graph.graph.inputs}
     missing = [f"input {name!r}" for name in _exposed_inputs(record) if name not in inputs]
     yield from of_places(
@@ -111,7 +111,7 @@ def _has_sizes(inputs: dict[str, ir.Value], module: ExposedModule) -> bool:
     return shape is not None and all(isinstance(size, int) for size in shape)
 
 
-def _drop_defaults(graph: GraphFile, record: ExposedGraph) -> list[str]:
+def _drop_defaults(graph: GraphFile, record: LoraRecord) -> list[str]:
     """Make the LoRA tensors plain inputs; return notes."""
     defaults = [name for name in _exposed_inputs(record) if name in graph.graph.initializers]
     for name in defaults:
@@ -132,7 +132,7 @@ def _drop_defaults(graph: GraphFile, record: ExposedGraph) -> list[str]:
     return notes
 
 
-def _share_batch(graph: GraphFile, record: ExposedGraph) -> bool:
+def _share_batch(graph: GraphFile, record: LoraRecord) -> bool:
     """Replace the node that compares a bank's rows with the batch by a shared symbol, which TensorRT checks.
 
     Returns:

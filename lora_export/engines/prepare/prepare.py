@@ -21,7 +21,7 @@ from lora_export.engines.prepare.operators import operator_problems
 from lora_export.engines.prepare.plain_inputs import make_plain
 from lora_export.engines.prepare.problem import Problem, of_places, refuse
 from lora_export.engines.prepare.quantised import quantisation_problems
-from lora_export.graph.exposed import ExposedGraph
+from lora_export.graph.exposed import LoraRecord
 from lora_export.graph.onnx_file import GraphFile
 
 
@@ -36,7 +36,7 @@ class Admitted:
     """
 
     graph: GraphFile
-    exposed: ExposedGraph | None
+    exposed: LoraRecord | None
     notes: tuple[str, ...]
 
 

@@ -14,7 +14,7 @@ from lora_export.graph.onnx_file import matrix_shape, shape_of
 from lora_export.plan import Refusal
 from lora_export.sites import operator_named
 from lora_export.sites.fit import stored_shape
-from lora_export.sites.slot import DEQUANTIZE, QUANTIZE, Use
+from lora_export.sites.operand import DEQUANTIZE, QUANTIZE, Use
 from lora_export.sites.target import Part, Site, Target
 from lora_export.sites.values.held import held_of, name_of_floats
 from lora_export.sites.values.ranges import may_hold_activation
@@ -162,7 +162,7 @@ def _form(target: Target, site: Site) -> tuple[ExposedKind, tuple[int, ...]] | R
     for use in (use for part in site.parts for use in part.uses):
         tensor = use.root.const_value
         assert tensor is not None
-        kernels.add(shape_of(tensor)[2:] if use.slot.kind == "conv" else None)
+        kernels.add(shape_of(tensor)[2:] if use.operand.kind == "conv" else None)
     kernel, *others = kernels
     if others:
         return _refused(
@@ -178,7 +178,7 @@ def _as_module(site: Site) -> Target | Refusal:
     target = site.target
     if target.action == "merge" and target.kind in _KINDS:
         return target
-    kind = site.parts[0].uses[0].slot.kind
+    kind = site.parts[0].uses[0].operand.kind
     pointwise = all(size == 1 for size in target.shape[2:])
     if target.kind != "any" or kind not in _KINDS or len(target.shape) < 2 or not pointwise:
         whole = "convolution" if kind == "conv" else kind

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from lora_export.sites.slot import DEQUANTIZE, constant_behind
+from lora_export.sites.operand import DEQUANTIZE, constant_behind
 from lora_export.sites.values.ranges import is_fixed, may_hold_activation
 
 

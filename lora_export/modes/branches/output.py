@@ -13,7 +13,7 @@ from lora_export.base.open_base import Base
 from lora_export.base.write_options import WriteOptions
 from lora_export.errors import GraphError
 from lora_export.graph.data_identity import mark_data
-from lora_export.graph.exposed import KEY, ExposedGraph
+from lora_export.graph.exposed import KEY, LoraRecord
 from lora_export.graph.exposed_inputs import size_problems
 from lora_export.graph.external_data import plan_data, write_data
 from lora_export.graph.onnx_file import GraphFile, save_graph
@@ -45,7 +45,7 @@ class ExposeReport:
     """
 
     plan: Plan
-    exposed: ExposedGraph
+    exposed: LoraRecord
     outputs: dict[str, Path] = field(default_factory=dict)
     size_bytes: int = 0
     shared_bytes: int = 0
@@ -98,7 +98,7 @@ def write_exposed(
         return report
     text = report.exposed.to_json()
     # Nothing is written that our own readers refuse.
-    ExposedGraph.from_json(text)
+    LoraRecord.from_json(text)
     base.graph.model.metadata_props[KEY] = text
     with output_errors(out), OutputSet(options.force, base.reads) as outputs:
         # The manifest comes before the graph, which is written last.
@@ -142,7 +142,7 @@ def _manifest(
     )
 
 
-def refuse_lost_inputs(exposed: ExposedGraph, graph: GraphFile) -> None:
+def refuse_lost_inputs(exposed: LoraRecord, graph: GraphFile) -> None:
     """Raise `GraphError` if a graph's inputs differ from those in its LoRA record.
 
     Simplifiers and quantisers take an input that has a default for a constant; float16 converters change its

@@ -32,8 +32,8 @@ from lora_export.plan import Plan, PlanRow, Refusal
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.grouped import grouped_dora
 from lora_export.sites.isolate import Isolator
+from lora_export.sites.operand import Use
 from lora_export.sites.resolve import Resolver
-from lora_export.sites.slot import Use
 from lora_export.sites.target import BaseWeights, Miss, Site, Target, targets_of
 from lora_export.sites.values.grid import loss_of, quantisers
 from lora_export.sites.values.ranges import cut_off

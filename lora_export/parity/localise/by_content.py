@@ -13,7 +13,7 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import stored_matrix
 from lora_export.sites import fit
-from lora_export.sites.slot import Use
+from lora_export.sites.operand import Use
 from lora_export.sites.target import Part, Site, Target
 
 # Least mean cosine of the compared rows.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from lora_export.adapter import Array
-from lora_export.graph.exposed import KEY, StoredRows, exposed_of
+from lora_export.graph.exposed import KEY, StoredRows, lora_record_of
 from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile
 from lora_export.modes.branches.calls import branch_of
 from lora_export.parity.localise.by_content import Nearest
@@ -25,8 +25,8 @@ from lora_export.sites.doubts.readers import folded_into_conv, module_of
 from lora_export.sites.naming import names
 from lora_export.sites.naming.known_names import KnownNames
 from lora_export.sites.naming.renaming import likeliest_change
+from lora_export.sites.operand import Use
 from lora_export.sites.resolve import Resolver
-from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Site, Target, TargetKind
 from lora_export.storage.patch import Placement
 
@@ -205,7 +205,7 @@ class _Search:
         for key in (f"{module.path}.bias", f"{module.path}.weight"):
             for variant in names.variants(key):
                 uses = self._named.get(self._prefix.apply(variant.keys[0]) or "", ())
-                nodes = [use.node for use in uses if use.slot.kind == "vector"]
+                nodes = [use.node for use in uses if use.operand.kind == "vector"]
                 if len(nodes) == 1 and id(nodes[0]) in self._order:
                     x = _normed(nodes[0]) or self._entering(module.path)
                     return Probe(
@@ -282,4 +282,4 @@ def _stored_of(graph: GraphFile) -> Mapping[str, Iterable[StoredRows]]:
     metadata = graph.model.metadata_props
     if KEY not in metadata:
         return {}
-    return {member.path: member.stored for _, member in exposed_of(metadata, graph.path.name).members()}
+    return {member.path: member.stored for _, member in lora_record_of(metadata, graph.path.name).members()}

@@ -14,7 +14,7 @@ from lora_export.graph.nodes import NodeWriter, model_names
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.modes.branches.calls import Call
 from lora_export.sites import operator_named
-from lora_export.sites.slot import PASSED, SHAPE_ONLY
+from lora_export.sites.operand import PASSED, SHAPE_ONLY
 
 # Names of the nodes that `branches.attach` adds after a product.
 _ATTACHED = re.compile(r"\.lora\.(sum|scaled|biased)(\.\d+)?\.\w+$")

@@ -15,7 +15,7 @@ from lora_export.adapter import Adapter, Array
 from lora_export.engines.record import EngineRecord, is_engine, read_engine
 from lora_export.errors import AdapterError, BackendError
 from lora_export.graph.captured import Captured
-from lora_export.graph.exposed import KEY, UNHASHED, WEIGHTS_INPUT, ExposedGraph, exposed_of
+from lora_export.graph.exposed import KEY, UNHASHED, WEIGHTS_INPUT, LoraRecord, lora_record_of
 from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.graph.roles import is_batch
 from lora_export.graph.stored_types import StoredTypes, stored_types
@@ -55,7 +55,7 @@ class About:
     outputs: tuple[str, ...]
     types: StoredTypes
     captured: Captured | None = None
-    record: ExposedGraph | None = None
+    record: LoraRecord | None = None
     sha256: str = ""
     crossed: frozenset[str] = frozenset()
 
@@ -196,7 +196,7 @@ class BankCandidate(Candidate):
     def _weights(self, rows: Sequence[State]) -> list[dict[str, float]]:
         return [{self.slots[name]: weight for name, weight in state} for state in rows]
 
-    def _find_slots(self, record: ExposedGraph) -> dict[str, str]:
+    def _find_slots(self, record: LoraRecord) -> dict[str, str]:
         """Return adapter name → name of its slot, found by name, or else by the file's hash.
 
         The hash covers the weights alone: slots that differ only in their scaling share it, so it identifies
@@ -287,7 +287,7 @@ def describe(path: Path, provider: Provider | None) -> About:
         return _describe_engine(path, read_engine(path))
     graph = load_graph(path)
     metadata = graph.model.metadata_props
-    record = exposed_of(metadata, str(path)) if KEY in metadata else None
+    record = lora_record_of(metadata, str(path)) if KEY in metadata else None
     lora = {*record.input_names(), WEIGHTS_INPUT} if record else set()
     return About(
         path=path,

@@ -12,7 +12,7 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.binding.base_weights import GraphWeights, WeightOf
 from lora_export.errors import BackendError, GraphError
-from lora_export.graph.exposed import WEIGHTS_INPUT, ExposedGraph, exposed_of
+from lora_export.graph.exposed import WEIGHTS_INPUT, LoraRecord, lora_record_of
 from lora_export.graph.exposed_inputs import size_problems
 from lora_export.graph.onnx_file import load_graph
 from lora_export.graph.unused_inputs import unused_modules
@@ -97,7 +97,7 @@ class OrtModel:
 
     def _open_record(self, path: Path) -> None:
         """Read what the graph says of its LoRA tensors, and compare it with the graph."""
-        self.record = exposed_of(self.session.get_modelmeta().custom_metadata_map, str(path))
+        self.record = lora_record_of(self.session.get_modelmeta().custom_metadata_map, str(path))
         ports = {
             port.name: OrtInput(port.name, port.type, tuple(port.shape), required)
             for listed, required in (
@@ -216,7 +216,7 @@ def _as_bound(value: Array | OrtValue) -> Array | OrtValue:
     return host_value(values) if values.dtype.kind == "V" else values
 
 
-def _check_record(record: ExposedGraph, ports: Mapping[str, OrtInput], path: Path) -> None:
+def _check_record(record: LoraRecord, ports: Mapping[str, OrtInput], path: Path) -> None:
     expected = record.input_names()
     if record.mode == "bank":
         expected += [WEIGHTS_INPUT, record.batch_input]

@@ -18,7 +18,7 @@ from lora_export.base.reads import graph_files
 from lora_export.binding.base_weights import GraphWeights, WeightOf
 from lora_export.engines.record import EngineRecord, Port, read_engine, record_path
 from lora_export.errors import AdapterError, BackendError, GraphError
-from lora_export.graph.exposed import WEIGHTS_INPUT, ExposedGraph
+from lora_export.graph.exposed import WEIGHTS_INPUT, LoraRecord
 from lora_export.graph.onnx_file import load_graph
 from lora_export.runtimes.feeds import Feeds, check_feeds, choose_outputs
 from lora_export.runtimes.session_options import EngineOptions
@@ -238,7 +238,7 @@ def _as_copied(value: Array | DeviceTensor) -> Array | DeviceTensor:
     return np.asarray(value, order="C") if isinstance(value, np.ndarray) else value
 
 
-def _exposed(path: Path, record: EngineRecord) -> ExposedGraph:
+def _exposed(path: Path, record: EngineRecord) -> LoraRecord:
     exposed = record.exposed
     if exposed is None:
         raise GraphError(

@@ -37,7 +37,7 @@ from lora_export.sites.doubts.changed import is_path
 from lora_export.sites.doubts.picked import NUMBERED, picked_rows
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import folded_names, path_in, weight_name, weight_path
-from lora_export.sites.slot import WEIGHTS, Use
+from lora_export.sites.operand import WEIGHTS, Use
 from lora_export.sites.target import BaseWeights, Site
 from lora_export.sites.values.factors import Explainer
 from lora_export.sites.values.moved import FEW, has_one_axis, moved_parameters
@@ -152,7 +152,7 @@ def _is_suspect(use: Use, base: BaseWeights | None) -> bool:
     root, name = use.root, weight_name(use)
     if base is None and not (_OUTPUT.fullmatch(name) or _VALUE.fullmatch(name)):
         return False
-    if base is None and name.startswith("val_") and use.slot.kind in WEIGHTS:
+    if base is None and name.startswith("val_") and use.operand.kind in WEIGHTS:
         # Another layer's weight, which the exporter has turned.
         return False
     if _GIVEN in root.metadata_props or folded_names(root):

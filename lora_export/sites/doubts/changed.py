@@ -31,7 +31,7 @@ from lora_export.sites.naming.evidence import (
     weight_name,
     weight_path,
 )
-from lora_export.sites.slot import Use
+from lora_export.sites.operand import Use
 from lora_export.sites.target import Part, Target
 
 _RULE = "pkg.onnxscript.rewriter.rule_name"
@@ -75,7 +75,9 @@ def doubt_of(target: Target, part: Part, source: str, key: str) -> str:
         key: The parameter's path in the graph.
     """
     name = str(part.root.name)
-    if any(use.slot.parameter == "weight" and _GENAI_NORM.search(use.node.name or "") for use in part.uses):
+    if any(
+        use.operand.parameter == "weight" and _GENAI_NORM.search(use.node.name or "") for use in part.uses
+    ):
         return (
             f"onnxruntime-genai's builder adds 1 to the weights of some models' norms (Gemma, Nemotron), and "
             f"{name!r} does not say whether it is one of them"
@@ -113,7 +115,7 @@ def _is_own_name(target: Target, use: Use, key: str) -> bool:
     path = weight_path(name)
     if path == key or (is_path(path) and not any(tool.search(name) for tool, _ in _TOOLS)):
         return True
-    linear = target.kind in ("linear", "any") or use.slot.kind == "linear"
+    linear = target.kind in ("linear", "any") or use.operand.kind == "linear"
     return linear and _TRANSPOSED.fullmatch(name) is not None
 
 

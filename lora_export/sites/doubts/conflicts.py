@@ -31,7 +31,7 @@ def _clashes(sites: Iterable[Site]) -> dict[int, str]:
         for part in site.parts:
             spans = [(*_span(placement), site) for placement in part.placements]
             for use in part.uses:
-                places[site.target.action, id(use.node), use.slot.index] += spans
+                places[site.target.action, id(use.node), use.operand.index] += spans
     clashes: dict[int, str] = {}
     for found in places.values():
         found.sort(key=lambda span: span[:2])

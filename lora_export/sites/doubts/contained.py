@@ -15,7 +15,7 @@ from lora_export.sites import operator_named
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.adapter_layers import adapters_among
 from lora_export.sites.naming.evidence import folded_names, scope_path
-from lora_export.sites.slot import constant_behind
+from lora_export.sites.operand import constant_behind
 from lora_export.sites.target import Site
 
 _VIEWS = {"Reshape", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze"}

@@ -26,7 +26,7 @@ from lora_export.adapter import Array
 from lora_export.graph.onnx_file import release
 from lora_export.sites.doubts.readers import has_two_products, module_of, reads_another
 from lora_export.sites.naming.evidence import computed_from, folded_from, path_in, weight_name, weight_path
-from lora_export.sites.slot import WEIGHTS, Use
+from lora_export.sites.operand import WEIGHTS, Use
 from lora_export.sites.target import Site
 from lora_export.sites.values.codes import canonical_shape, rows_of
 from lora_export.sites.values.fingerprints import find_places
@@ -91,7 +91,7 @@ def other_calls(
         modules: Paths that are known to be modules of their own, not numbered calls of others.
     """
     mine = {id(part.root) for site in sites for part in site.parts}
-    rest = [use for use in uses if use.slot.kind in WEIGHTS and id(use.root) not in mine]
+    rest = [use for use in uses if use.operand.kind in WEIGHTS and id(use.root) not in mine]
     nameless = [use for use in rest if is_nameless(use)]
     found: dict[int, str] = {}
     left = []
@@ -138,10 +138,10 @@ def _named(site: Site, rest: Sequence[Use], modules: Set[str], uses: Sequence[Us
     path, _, leaf = site.keys[0].rpartition(".")
     calls = {path, *(str(module_of(use.node)) for part in site.parts for use in part.uses)}
     calls = {call if call in modules else _CALL.sub("", call) for call in calls}
-    tables = {use.slot.kind == "embedding" for part in site.parts for use in part.uses}
+    tables = {use.operand.kind == "embedding" for part in site.parts for use in part.uses}
     for use in rest:
         # A table and a matrix of the same values are two tied modules.
-        if canonical_shape(use) != site.target.matrix or (use.slot.kind == "embedding") not in tables:
+        if canonical_shape(use) != site.target.matrix or (use.operand.kind == "embedding") not in tables:
             continue
         module = module_of(use.node)
         is_call = not module or _CALL.sub("", module) in calls
@@ -208,7 +208,7 @@ def _quantised(sites: Sequence[Site], nameless: Sequence[Use]) -> Mapping[int, s
         for other in nameless:
             if (
                 (other.quantised or first.quantised)
-                and (other.slot.kind == "embedding") == (first.slot.kind == "embedding")
+                and (other.operand.kind == "embedding") == (first.operand.kind == "embedding")
                 and canonical_shape(other) == site.target.matrix
                 and holds_rows(site, other, rows)
             ):

@@ -18,7 +18,7 @@ from lora_export.sites.doubts.copies import holds_rows
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.isolate import reading_nodes
 from lora_export.sites.naming.evidence import folded_names
-from lora_export.sites.slot import WEIGHTS, Use
+from lora_export.sites.operand import WEIGHTS, Use
 from lora_export.sites.target import Site
 from lora_export.sites.values.codes import canonical_shape
 
@@ -48,7 +48,7 @@ def direct_readers(sites: Sequence[Site], uses: Sequence[Use]) -> Mapping[int, s
 
 
 def _readers(site: Site, modules: set[str]) -> Iterator[ir.Node]:
-    mine = {(id(use.node), use.slot.index) for part in site.parts for use in part.uses}
+    mine = {(id(use.node), use.operand.index) for part in site.parts for use in part.uses}
     for part in site.parts:
         for node, index in reading_nodes(part.root):
             if isinstance(node, ir.Node) and (id(node), index) not in mine and _is_around(node, modules):
@@ -60,7 +60,7 @@ def _copies(site: Site, modules: set[str], uses: Sequence[Use]) -> Iterator[ir.N
     if site.target.kind == "vector":
         return
     for use in uses:
-        if id(use.root) in roots or use.slot.kind not in WEIGHTS or not _is_around(use.node, modules):
+        if id(use.root) in roots or use.operand.kind not in WEIGHTS or not _is_around(use.node, modules):
             continue
         if canonical_shape(use) == site.target.matrix and holds_rows(site, use):
             yield use.node

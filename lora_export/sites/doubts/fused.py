@@ -30,7 +30,7 @@ from lora_export.sites.doubts.changed import is_path, what_a_tool_did
 from lora_export.sites.doubts.picked import NUMBERED
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import folded_names, weight_name, weight_path
-from lora_export.sites.slot import Use
+from lora_export.sites.operand import Use
 from lora_export.sites.target import BaseWeights, Site
 from lora_export.sites.values.codes import canonical_shape
 from lora_export.sites.values.factors import Change, Explainer
@@ -95,7 +95,7 @@ class _Layer:
         own = self.weight.root.const_value
         if len(shape) < 2 or own is None:
             return False
-        if self.weight.slot.refusal:
+        if self.weight.operand.refusal:
             return shape == shape_of(own)
         rows, matrix = canonical_shape(self.weight), (shape[0], prod(shape[1:]))
         return matrix == rows or (len(shape) == 2 and matrix == rows[::-1])
@@ -188,16 +188,16 @@ def _reason(layer: _Layer, is_factor: bool) -> Refusal:
 
 
 def _layers(uses: Sequence[Use]) -> Iterator[_Layer]:
-    inputs = {(id(use.node), use.slot.index): use for use in uses if _is_float(use)}
+    inputs = {(id(use.node), use.operand.index): use for use in uses if _is_float(use)}
     for use in uses:
         operator = operator_of(use.node.domain, use.node.op_type)
-        if operator is None or use.slot.kind not in ("linear", "conv") or not _is_float(use):
+        if operator is None or use.operand.kind not in ("linear", "conv") or not _is_float(use):
             continue
-        if use.chain if use.slot.refusal else use.refusal:
+        if use.chain if use.operand.refusal else use.refusal:
             continue
         # Convolutions of another layout have their inputs in the same order.
         weight, bias = (1, 2) if operator.is_convolution else (operator.weight, operator.bias)
-        if use.slot.index == weight:
+        if use.operand.index == weight:
             yield _Layer(use, None if bias is None else inputs.get((id(use.node), bias)))
 
 

@@ -27,7 +27,7 @@ from lora_export.plan import Refusal
 from lora_export.sites.doubts.changed import is_computed_by_exporter
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import scope_class, weight_path
-from lora_export.sites.slot import ROUNDED_OR_MOVED, SHAPE_ONLY, Use, constant_behind
+from lora_export.sites.operand import ROUNDED_OR_MOVED, SHAPE_ONLY, Use, constant_behind
 from lora_export.sites.target import BaseWeights, Site
 
 APART = (
@@ -171,7 +171,7 @@ def _behind(product: ir.Value, module: str) -> Iterator[tuple[ir.Node, ir.Value]
 
 def _before(use: Use, module: str) -> Iterator[ir.Node]:
     """Yield the module's own nodes through which its product's input has come, except moves."""
-    moves = _MOVES | (_PADS if use.slot.kind == "conv" else frozenset())
+    moves = _MOVES | (_PADS if use.operand.kind == "conv" else frozenset())
     given = [value for value in use.node.inputs if value is not None and constant_behind(value) is None]
     values, seen = list(given[:1]), set[int]()
     for value in values:
@@ -219,7 +219,7 @@ def marked(site: Site) -> Site:
 
 def _has_unknown_factor(use: Use) -> bool:
     module = module_of(use.node)
-    if use.node.op_type != "Gather" or use.slot.kind != "embedding" or not module:
+    if use.node.op_type != "Gather" or use.operand.kind != "embedding" or not module:
         return False
     if _SCALED in (scope_class(use.node) or ""):
         return False
@@ -228,7 +228,7 @@ def _has_unknown_factor(use: Use) -> bool:
 
 def _trained_otherwise(use: Use) -> bool:
     node, tensor = use.node, use.root.const_value
-    if tensor is None or use.slot.kind != "conv" or all(size == 1 for size in shape_of(tensor)[2:]):
+    if tensor is None or use.operand.kind != "conv" or all(size == 1 for size in shape_of(tensor)[2:]):
         return False
     if any(step != 1 for step in node.attributes.get_ints("dilations", ())):
         return True

@@ -27,7 +27,7 @@ from lora_export.sites.doubts.copies import holds_rows, is_nameless
 from lora_export.sites.doubts.readers import is_related, module_of
 from lora_export.sites.naming import names
 from lora_export.sites.naming.evidence import NODE_NAME, SCOPE, weight_name, weight_path
-from lora_export.sites.slot import WEIGHTS, Use
+from lora_export.sites.operand import WEIGHTS, Use
 from lora_export.sites.target import Site, WeightOf
 from lora_export.sites.values.codes import canonical_shape
 
@@ -59,7 +59,7 @@ def joined_copies(
         alike = [other for other in alike if not _has_place(own, other, site, evidence)]
         if not alike:
             continue
-        table = any(use.slot.kind == "embedding" for part in site.parts for use in part.uses)
+        table = any(use.operand.kind == "embedding" for part in site.parts for use in part.uses)
         own, copies = weight_of.copies(site.target, alike, dtype, table)
         copies = [other for other in copies if not _has_place(own, other, site, evidence)]
         if len(copies) > _nameless_places(site, uses, len(copies)):
@@ -71,12 +71,14 @@ def copies_with_biases(
     sites: Sequence[Site], uses: Sequence[Use], evidence: Evidence
 ) -> Mapping[int, tuple[str, str]]:
     """Return identity of a target → reason why its product is a copy's as well (rule 3), and a hint."""
-    biases = [use for use in uses if use.node.op_type == "Add" and use.slot.kind == "vector"]
+    biases = [use for use in uses if use.node.op_type == "Add" and use.operand.kind == "vector"]
     found: dict[int, tuple[str, str]] = {}
     for site in sites:
         products = {id(out) for part in site.parts for use in part.uses for out in use.node.outputs}
         for bias in biases:
-            (product,) = (value for index, value in enumerate(bias.node.inputs) if index != bias.slot.index)
+            (product,) = (
+                value for index, value in enumerate(bias.node.inputs) if index != bias.operand.index
+            )
             if product is None or id(product) not in products or len(product.uses()) < 2:
                 continue
             name = weight_path(weight_name(bias))
@@ -127,7 +129,7 @@ def _named(key: str, evidence: Evidence) -> Iterator[Use]:
     path = key.rpartition(".")[0]
     for source, table in evidence.items():
         for use in table.get(key, ()):
-            if use.slot.kind == "vector" or use.root.const_value is None:
+            if use.operand.kind == "vector" or use.root.const_value is None:
                 continue
             module = module_of(use.node)
             if source in (SCOPE, NODE_NAME) or not module or is_related(module, path):
@@ -142,7 +144,7 @@ def _nameless_places(site: Site, uses: Sequence[Use], enough: int) -> int:
         if (
             count < enough
             and id(use) not in mine
-            and use.slot.kind in WEIGHTS
+            and use.operand.kind in WEIGHTS
             and is_nameless(use)
             and canonical_shape(use) == site.target.matrix
             and holds_rows(site, use)

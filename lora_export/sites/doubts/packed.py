@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.sites import fit
-from lora_export.sites.slot import Use
+from lora_export.sites.operand import Use
 from lora_export.sites.target import Site
 
 # Nodes behind a product that leave the outputs where they are.

@@ -22,7 +22,7 @@ from lora_export.adapter import Array
 from lora_export.graph.onnx_file import release, shape_of
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import weight_name
-from lora_export.sites.slot import WEIGHTS, Use
+from lora_export.sites.operand import WEIGHTS, Use
 from lora_export.sites.target import BaseWeights, Site
 from lora_export.sites.values.codes import canonical_shape
 from lora_export.sites.values.moved import first_as_row, lines_of, same_order
@@ -64,7 +64,7 @@ def _may_hold(site: Site, use: Use, base: BaseWeights | None) -> bool:
     numbered = NUMBERED.fullmatch(weight_name(use)) is not None
     if site.target.experts > 1 or (not _is_table(site) and (base is None or numbered)):
         return False
-    if use.slot.kind not in WEIGHTS:
+    if use.operand.kind not in WEIGHTS:
         return True
     rows, cols = canonical_shape(use)
     is_whole = rows >= site.target.matrix[0] and cols == site.target.matrix[1]
@@ -74,7 +74,7 @@ def _may_hold(site: Site, use: Use, base: BaseWeights | None) -> bool:
 
 
 def _is_table(site: Site) -> bool:
-    return any(use.slot.kind == "embedding" for part in site.parts for use in part.uses)
+    return any(use.operand.kind == "embedding" for part in site.parts for use in part.uses)
 
 
 def _values(site: Site) -> Iterator[Array]:

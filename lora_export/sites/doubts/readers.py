@@ -17,7 +17,7 @@ from lora_export.sites.naming.evidence import (
     scope_path,
     weight_path,
 )
-from lora_export.sites.slot import WEIGHTS, Use
+from lora_export.sites.operand import WEIGHTS, Use
 from lora_export.sites.target import Part, Site, Target
 from lora_export.sites.uses import has_body
 
@@ -121,22 +121,22 @@ def has_two_products(node: ir.Node, uses: Sequence[Use]) -> bool:
     metadata has no numbers.
     """
     module = module_of(node)
-    named = {id(use.node) for use in uses if use.slot.kind in WEIGHTS and module_of(use.node) == module}
+    named = {id(use.node) for use in uses if use.operand.kind in WEIGHTS and module_of(use.node) == module}
     return scope_path(node) is None and len(named) > 1
 
 
 def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
     """Return a reason if another reader may be the module's own: it would keep the old values."""
-    mine = {(id(use.node), use.slot.index) for use in part.uses}
-    kinds = {use.slot.kind for use in part.uses}
+    mine = {(id(use.node), use.operand.index) for use in part.uses}
+    kinds = {use.operand.kind for use in part.uses}
     for use in uses:
-        if use.root is not part.root or (id(use.node), use.slot.index) in mine:
+        if use.root is not part.root or (id(use.node), use.operand.index) in mine:
             continue
         if has_body(use.node):
             return f"is also given to {use.node.op_type} as an input: what reads it in there is not followed"
         module = module_of(use.node)
         # If one reader is a table and the other a matrix, they are different modules with a tied weight.
-        tied = {*kinds, use.slot.kind} == {"embedding", "linear"} and not use.refusal
+        tied = {*kinds, use.operand.kind} == {"embedding", "linear"} and not use.refusal
         if module == path or (module is None and not tied):
             return f"is also read by {use.node.op_type}, which can't be told from the module's own use"
         if module is not None and is_numbered(module, path) and has_two_products(use.node, uses):

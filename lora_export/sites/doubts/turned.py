@@ -23,7 +23,7 @@ from lora_export.adapter import Array
 from lora_export.graph.onnx_file import release, stored_matrix
 from lora_export.sites.doubts.copies import named_parameters
 from lora_export.sites.doubts.readers import module_of
-from lora_export.sites.slot import Use
+from lora_export.sites.operand import Use
 from lora_export.sites.target import Part, Site
 from lora_export.sites.values.codes import canonical_shape, rows_of
 from lora_export.sites.values.content import COSINE
@@ -43,7 +43,7 @@ def other_orientations(sites: Sequence[Site], uses: Sequence[Use], parameters: S
     products: dict[tuple[int, int], list[Use]] = defaultdict(list)
     readers: dict[int, list[Use]] = defaultdict(list)
     for use in uses:
-        if use.slot.kind == "linear":
+        if use.operand.kind == "linear":
             products[canonical_shape(use)].append(use)
             readers[id(use.root)].append(use)
     mine = {id(part.root) for site in sites for part in site.parts}
@@ -65,7 +65,7 @@ def other_orientations(sites: Sequence[Site], uses: Sequence[Use], parameters: S
 
 
 def _is_product(site: Site) -> bool:
-    return all(use.slot.kind == "linear" for part in site.parts for use in part.uses)
+    return all(use.operand.kind == "linear" for part in site.parts for use in part.uses)
 
 
 def _turned_reader(site: Site, readers: Mapping[int, Sequence[Use]]) -> Use | None:

@@ -14,7 +14,7 @@ from lora_export.graph.onnx_file import GraphFile, shape_of
 from lora_export.graph.reach import Reach
 from lora_export.plan import Refusal
 from lora_export.sites.fit import stored_shape
-from lora_export.sites.slot import LEFT, Use
+from lora_export.sites.operand import LEFT, Use
 from lora_export.sites.target import Miss, Part, Site, Target
 from lora_export.storage.patch import Placement
 from lora_export.untrusted.computed import Budget
@@ -34,7 +34,7 @@ def reach_of(graph: GraphFile, uses: Sequence[Use]) -> Reach:
 
 def is_read(reach: Reach, use: Use) -> bool:
     """Return whether an output depends on a use of a weight."""
-    return reach.reads(use.node, use.slot.index)
+    return reach.reads(use.node, use.operand.index)
 
 
 def is_read_with_bias(reach: Reach, use: Use) -> bool:
@@ -47,7 +47,7 @@ def is_read_with_bias(reach: Reach, use: Use) -> bool:
 
 
 def _reads_zeros(reach: Reach, use: Use) -> bool:
-    return use.slot.kind in ("linear", "conv") and reach.sums_zeros(use.node)
+    return use.operand.kind in ("linear", "conv") and reach.sums_zeros(use.node)
 
 
 def unused_sites(graph: GraphFile, reach: Reach, sites: Sequence[Site]) -> Mapping[int, Miss]:

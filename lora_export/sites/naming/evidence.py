@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from lora_export.formats.reading.wrappers import is_too_deep, strip_wrappers
 from lora_export.sites.naming.names import fused_of
-from lora_export.sites.slot import Use
+from lora_export.sites.operand import Use
 from lora_export.untrusted.texts import listed_texts
 
 SCOPE, NODE_NAME, FOLDED, WEIGHT_NAME = "scope", "node name", "folded from", "weight name"
@@ -56,7 +56,7 @@ def collect(uses: Sequence[Use]) -> dict[str, dict[str, list[Use]]]:
 
 
 def _keys(use: Use) -> Iterator[tuple[str, str]]:
-    parameter = use.slot.parameter
+    parameter = use.operand.parameter
     if (packed := _packed(weight_name(use))) is not None:
         # Its node belongs to a module around the packed ones.
         yield WEIGHT_NAME, packed

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_export.sites.slot import Operator, Slot
+from lora_export.sites.operand import Operand, Operator
 
 
-def slots(node: ir.Node) -> list[Slot]:
+def operands(node: ir.Node) -> list[Operand]:
     """Return the fused weight and the fused bias (ONNX Runtime ``ContribOperators.md``)."""
     inside = "com.microsoft.Attention projects and attends in one operator: nothing can be added in between"
     return [
-        Slot(index=1, kind="linear", transposed=True, no_branch=inside),
-        Slot(index=2, kind="vector", parameter="bias"),
+        Operand(index=1, kind="linear", transposed=True, no_branch=inside),
+        Operand(index=2, kind="vector", parameter="bias"),
     ]
 
 
-ATTENTION = Operator(slots=slots)
+ATTENTION = Operator(operands=operands)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_export.sites.slot import Operator, Slot
+from lora_export.sites.operand import Operand, Operator
 
 
-def slots(node: ir.Node) -> list[Slot]:
+def operands(node: ir.Node) -> list[Operand]:
     """Return the table; a Gather along another axis is not an embedding."""
-    return [Slot(index=0, kind="embedding")] if node.attributes.get_int("axis", 0) == 0 else []
+    return [Operand(index=0, kind="embedding")] if node.attributes.get_int("axis", 0) == 0 else []
 
 
-GATHER = Operator(slots=slots, weight=0)
+GATHER = Operator(operands=operands, weight=0)

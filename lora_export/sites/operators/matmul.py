@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_export.sites.slot import LEFT, Operator, Slot
+from lora_export.sites.operand import LEFT, Operand, Operator
 
 
-def slots(node: ir.Node) -> list[Slot]:
+def operands(node: ir.Node) -> list[Operand]:
     """Return both operands, because an exporter may also write ``W @ x`` with the weight on the left."""
     trans_b = node.attributes.get_int("transB", 0)
     trans_a = node.attributes.get_int("transA", 0)
@@ -19,9 +19,9 @@ def slots(node: ir.Node) -> list[Slot]:
     if node.attributes.get_int("transBatchA", 0) or node.attributes.get_int("transBatchB", 0):
         refusal = "FusedMatMul with transBatchA/transBatchB is not understood"
     return [
-        Slot(index=1, kind="linear", transposed=not trans_b, refusal=refusal, no_branch=refusal),
-        Slot(index=0, kind="linear", transposed=bool(trans_a), refusal=refusal, no_branch=refusal or LEFT),
+        Operand(index=1, kind="linear", transposed=not trans_b, refusal=refusal, no_branch=refusal),
+        Operand(index=0, kind="linear", transposed=bool(trans_a), refusal=refusal, no_branch=refusal or LEFT),
     ]
 
 
-MATMUL = Operator(slots=slots, weight=1, is_product=True)
+MATMUL = Operator(operands=operands, weight=1, is_product=True)

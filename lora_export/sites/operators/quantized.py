@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_export.sites.slot import Operator, Slot, SlotKind
+from lora_export.sites.operand import Operand, OperandKind, Operator
 
 # Position of the weight among the inputs, if it is not 1.
 _WEIGHT_INDEX = {"QLinearMatMul": 3, "QLinearConv": 3, "QGemm": 3, "GatherBlockQuantized": 0}
@@ -30,45 +30,47 @@ SCALES: dict[str, frozenset[int]] = {
 }
 
 
-def slots(node: ir.Node) -> list[Slot]:
+def operands(node: ir.Node) -> list[Operand]:
     """Return the quantised weight."""
-    kind: SlotKind = (
+    kind: OperandKind = (
         "embedding" if node.op_type.startswith("Gather") else "conv" if "Conv" in node.op_type else "linear"
     )
     refusal = f"quantised weight ({node.op_type})"
     shape = (node.attributes.get_int("N", 0), node.attributes.get_int("K", 0))
     if node.op_type in _PACKED and all(shape):
-        return [Slot(index=1, kind=kind, refusal=refusal, shape=shape)]
+        return [Operand(index=1, kind=kind, refusal=refusal, shape=shape)]
     if node.op_type in _DYNAMIC:
-        return [Slot(index=1, kind=kind, transposed=True, refusal=refusal)]
+        return [Operand(index=1, kind=kind, transposed=True, refusal=refusal)]
     no_branch = f"{node.op_type}: no branch is known for it"
     index = _WEIGHT_INDEX.get(node.op_type, 1)
-    return [Slot(index=index, kind=kind, transposed=True, refusal=refusal, no_branch=no_branch)]
+    return [Operand(index=index, kind=kind, transposed=True, refusal=refusal, no_branch=no_branch)]
 
 
-def _none(node: ir.Node) -> list[Slot]:
-    """Return no slots, because the operator's experts are not followed."""
+def _none(node: ir.Node) -> list[Operand]:
+    """Return no operands, because the operator's experts are not followed."""
     return []
 
 
-MATMUL_NBITS = Operator(slots=slots, bias=5, code_inputs=SCALES["MatMulNBits"])
-MATMUL_BNB4 = Operator(slots=slots, code_inputs=SCALES["MatMulBnb4"])
-GATHER_BLOCKS = Operator(slots=slots, code_inputs=SCALES["GatherBlockQuantized"])
+MATMUL_NBITS = Operator(operands=operands, bias=5, code_inputs=SCALES["MatMulNBits"])
+MATMUL_BNB4 = Operator(operands=operands, code_inputs=SCALES["MatMulBnb4"])
+GATHER_BLOCKS = Operator(operands=operands, code_inputs=SCALES["GatherBlockQuantized"])
 DYNAMIC_MATMUL = Operator(
-    slots=slots, bias=4, code_inputs=SCALES["DynamicQuantizeMatMul"], weight_scale=2, weight_zero=3
+    operands=operands, bias=4, code_inputs=SCALES["DynamicQuantizeMatMul"], weight_scale=2, weight_zero=3
 )
-MATMUL_INTEGER = Operator(slots=slots, code_inputs=SCALES["MatMulInteger"], takes_codes=True, weight_zero=3)
+MATMUL_INTEGER = Operator(
+    operands=operands, code_inputs=SCALES["MatMulInteger"], takes_codes=True, weight_zero=3
+)
 INTEGER_TO_FLOAT = Operator(
-    slots=slots,
+    operands=operands,
     bias=6,
     code_inputs=SCALES["MatMulIntegerToFloat"],
     takes_codes=True,
     weight_scale=3,
     weight_zero=5,
 )
-CONV_INTEGER = Operator(slots=slots, code_inputs=SCALES["ConvInteger"])
-QLINEAR_MATMUL = Operator(slots=slots, code_inputs=SCALES["QLinearMatMul"])
-QLINEAR_CONV = Operator(slots=slots, code_inputs=SCALES["QLinearConv"])
-QGEMM = Operator(slots=slots, code_inputs=SCALES["QGemm"])
-QATTENTION = Operator(slots=slots, code_inputs=SCALES["QAttention"])
-QMOE = Operator(slots=_none, code_inputs=SCALES["QMoE"])
+CONV_INTEGER = Operator(operands=operands, code_inputs=SCALES["ConvInteger"])
+QLINEAR_MATMUL = Operator(operands=operands, code_inputs=SCALES["QLinearMatMul"])
+QLINEAR_CONV = Operator(operands=operands, code_inputs=SCALES["QLinearConv"])
+QGEMM = Operator(operands=operands, code_inputs=SCALES["QGemm"])
+QATTENTION = Operator(operands=operands, code_inputs=SCALES["QAttention"])
+QMOE = Operator(operands=_none, code_inputs=SCALES["QMoE"])

@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.sites import operator_named
-from lora_export.sites.slot import Use
+from lora_export.sites.operand import Use
 from lora_export.sites.values.codes import NBITS_WIDTHS, constant_of, has_input, unpacked
 from lora_export.sites.values.grid import dequantiser, per_value
 from lora_export.storage.patch import Placement

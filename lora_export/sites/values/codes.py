@@ -8,7 +8,7 @@ import onnx_ir as ir
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import shape_of, stored_matrix
 from lora_export.sites import operator_named
-from lora_export.sites.slot import Use
+from lora_export.sites.operand import Use
 from lora_export.sites.values.grid import held_by_codes
 
 NBITS_WIDTHS = (2, 4, 8)
@@ -17,8 +17,8 @@ NBITS_WIDTHS = (2, 4, 8)
 def canonical_shape(use: Use) -> tuple[int, int]:
     """Return ``(out_dim, in_dim)`` of the weight that a use reads, kernels flattened."""
     assert use.root.const_value is not None
-    if use.slot.shape is not None:
-        return use.slot.shape
+    if use.operand.shape is not None:
+        return use.operand.shape
     shape = shape_of(use.root.const_value)
     rows, cols = shape[0], int(np.prod(shape[1:], dtype=int))
     return (cols, rows) if use.transposed else (rows, cols)
@@ -37,7 +37,7 @@ def rows_of(use: Use, rows: Array) -> Array | None:
     assert use.root.const_value is not None
     if not use.quantised:
         return _picked(stored_matrix(use.root.const_value), use.transposed, rows)
-    if use.slot.shape is not None:
+    if use.operand.shape is not None:
         return _nbits_rows(use.node, rows)
     if (held := held_by_codes(use)) is not None:
         return _picked(held[0].reshape(len(held[0]), -1), use.transposed, rows)

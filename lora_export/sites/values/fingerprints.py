@@ -21,7 +21,7 @@ from lora_export.graph.onnx_file import matrix_shape, release, shape_of, stored_
 from lora_export.machines.blas import one_blas_thread
 from lora_export.progress import tell_stage
 from lora_export.sites import fit
-from lora_export.sites.slot import Use
+from lora_export.sites.operand import Use
 from lora_export.sites.target import Target
 from lora_export.sites.values import content
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array
-from lora_export.sites.slot import QUANTIZE, Use
+from lora_export.sites.operand import QUANTIZE, Use
 from lora_export.sites.values.ranges import code_range, code_type
 
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import FLOAT_TYPES
 from lora_export.plan import Refusal
-from lora_export.sites.slot import QUANTIZE, Use
+from lora_export.sites.operand import QUANTIZE, Use
 from lora_export.sites.values.code_values import CodesMatch
 from lora_export.sites.values.grid import (
     dequantiser,

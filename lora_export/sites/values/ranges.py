@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.sites.slot import QUANTIZE
+from lora_export.sites.operand import QUANTIZE
 
 # Quantisers drop a Relu or Clip whose work the range does; its name stays on the quantised value.
 _ACTIVATION = re.compile(r"relu|clip|hardtanh", re.IGNORECASE)

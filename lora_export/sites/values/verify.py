@@ -12,7 +12,7 @@ from lora_export.graph.onnx_file import matrix_shape, release, shape_of, stored_
 from lora_export.plan import Refusal
 from lora_export.sites import fit
 from lora_export.sites.experts import unsettled
-from lora_export.sites.slot import NORMS, SKIP_NORMS, Use
+from lora_export.sites.operand import NORMS, SKIP_NORMS, Use
 from lora_export.sites.target import Part, Stack, Target, Wanted
 from lora_export.sites.values import content
 from lora_export.sites.values.code_values import CodesMatch, codes_of, compare_codes

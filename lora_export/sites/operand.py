@@ -35,11 +35,11 @@ NORMS = frozenset(
 SKIP_NORMS = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
 # A branch is x·A·B; W·x would need another one.
 LEFT = "the weight stands on the left (W @ x): no branch is known for it"
-SlotKind = Literal["linear", "conv", "embedding", "vector", "other"]
+OperandKind = Literal["linear", "conv", "embedding", "vector", "other"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slot:
+class Operand:
     """Input of a node that takes a weight.
 
     Attributes:
@@ -53,7 +53,7 @@ class Slot:
     """
 
     index: int
-    kind: SlotKind
+    kind: OperandKind
     transposed: bool = False
     parameter: str = "weight"
     refusal: str = ""
@@ -66,7 +66,7 @@ class Operator:
     """Facts of an operator that reads a weight.
 
     Attributes:
-        slots: Function that returns the inputs of a node that take a weight.
+        operands: Function that returns the inputs of a node that take a weight.
         weight: Position of the weight, if the operator is a whole layer of floats as PyTorch has it.
         bias: Position of the bias that it adds to its own product, if it adds one.
         is_product: True for ``x @ W`` and nothing else.
@@ -80,7 +80,7 @@ class Operator:
         weight_zero: Position of the zero point of an 8-bit weight.
     """
 
-    slots: Callable[[ir.Node], list[Slot]]
+    operands: Callable[[ir.Node], list[Operand]]
     weight: int | None = None
     bias: int | None = None
     is_product: bool = False
@@ -99,7 +99,7 @@ class Use:
 
     Attributes:
         node: The operator.
-        slot: The operator's input.
+        operand: The operator's input.
         root: The constant at the start of the way.
         chain: Nodes between ``root`` and ``node`` (Transpose, Cast, Identity …), from the root on.
         transposed: True if ``root`` as stored is the transpose of the canonical weight.
@@ -110,7 +110,7 @@ class Use:
     """
 
     node: ir.Node
-    slot: Slot
+    operand: Operand
     root: ir.Value
     chain: tuple[ir.Node, ...]
     transposed: bool
@@ -121,7 +121,7 @@ class Use:
     @property
     def operand_type(self) -> ir.DataType | None:
         """Float type that reaches the operator, after Cast and DequantizeLinear; None if unknown."""
-        if self.slot.shape is not None:
+        if self.operand.shape is not None:
             # Packed weights come with scales, in the type of the activation.
             scales = self.node.inputs[2]
             return scales.dtype if scales is not None else None
