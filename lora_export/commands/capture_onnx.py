@@ -38,11 +38,9 @@ _PATH = click.Path(path_type=Path)
     "weights, for models larger than memory.",
 )
 @click.option(
-    "--attention",
-    type=click.Choice(["operators", "node"]),
-    default="operators",
-    show_default=True,
-    help="Attention as the operators that it consists of, or as one Attention node a layer (opset 23).",
+    "--fused",
+    is_flag=True,
+    help="Write attention, rotary embeddings and RMS norms as one node each (opset 23).",
 )
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @click.option("--quiet", is_flag=True, help="Print no summary.")
@@ -52,7 +50,7 @@ def capture_onnx(
     dtype: str,
     kv_cache: bool,
     trace: Literal["loaded", "outline"],
-    attention: Literal["operators", "node"],
+    fused: bool,
     force: bool,
     quiet: bool,
 ) -> None:
@@ -81,7 +79,7 @@ def capture_onnx(
             dtype=dtype,
             kv_cache=kv_cache,
             trace=trace,
-            attention=attention,
+            fused=fused,
             force=force,
         )
     if not quiet:

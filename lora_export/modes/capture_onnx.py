@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lora_export.base.capture.attention import Attention
 from lora_export.base.capture.capture import Trace, capture_checkpoint
 from lora_export.base.open_base import output_paths
 from lora_export.base.reads import files_read
@@ -24,7 +23,7 @@ def capture_onnx(
     dtype: str = "float32",
     kv_cache: bool = False,
     trace: Trace = "loaded",
-    attention: Attention = "operators",
+    fused: bool = False,
     force: bool = False,
 ) -> tuple[Path, Path]:
     """Write a Hugging Face checkpoint as ``output`` and ``output.data``.
@@ -36,8 +35,7 @@ def capture_onnx(
         kv_cache: Make keys and values of past tokens inputs and outputs; for decoders.
         trace: ``loaded`` traces the model with its weights; ``outline`` traces a layer of each kind without
             weights, so that a model larger than memory can be captured.
-        attention: ``operators`` writes attention as the exporter does; ``node`` as one node a layer, ONNX's
-            ``Attention`` (opset 23).
+        fused: Write attention, rotary embeddings and RMS norms as one node each (opset 23).
         force: Replace existing output files.
 
     Returns:
@@ -64,7 +62,7 @@ def capture_onnx(
             dtype=dtype,
             kv_cache=kv_cache,
             trace=trace,
-            attention=attention,
+            fused=fused,
         )
         made.with_name(data.name).replace(outputs.stage(data))
         made.replace(outputs.stage(graph))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lora_export.base.capture.export import first_line, named_tensors, quiet, run_module
 from lora_export.errors import CheckpointError
@@ -18,13 +18,11 @@ from lora_export.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-Attention = Literal["operators", "node"]
-ATTENTIONS: tuple[Attention, ...] = ("operators", "node")
 # The first opset with the operator.
 OPSET = 23
 
 _NAME = "lora_export_node"
-_OMIT = "omit --attention node (attention='operators')"
+_OMIT = "omit --fused (fused=True)"
 # Relative difference of two ways to add up; the mask of a wrong row moves far more. Halves round each step.
 _DIFFERENCE, _HALVES_DIFFERENCE = 1e-4, 0.05
 # Arguments that change what attention computes and that the operator has no place for.

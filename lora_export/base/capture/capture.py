@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_export.base.capture.attach import Weights
-from lora_export.base.capture.attention import OPSET, Attention, use_node
+from lora_export.base.capture.attention import OPSET, use_node
 from lora_export.base.capture.cache import name_total, switch_cache, with_cache
 from lora_export.base.capture.export import (
     finish,
@@ -24,6 +24,7 @@ from lora_export.base.capture.export import (
     tensor_names,
     trace_module,
 )
+from lora_export.base.capture.fuse import fuse_nodes
 from lora_export.base.capture.loading import (
     EXPORT_YOURSELF,
     Loading,
@@ -72,7 +73,7 @@ def capture_checkpoint(
     kv_cache: bool = False,
     replaced: Collection[str] = (),
     trace: Trace = "loaded",
-    attention: Attention = "operators",
+    fused: bool = False,
 ) -> Path:
     """Write the graph of a checkpoint folder, with dynamic batch and sequence axes.
 
@@ -88,8 +89,8 @@ def capture_checkpoint(
         trace: ``loaded``: the model with its weights is traced. ``outline``: the first and the last layer of
             each kind are traced without weights and copied for the others; weights are read as they are
             written, so that the model is never in memory. The graph computes the same.
-        attention: ``operators``: attention is written as the exporter writes it. ``node``: as one node of
-            ONNX's ``Attention`` a layer (opset 23), which runtimes compute with a kernel of their own.
+        fused: Write attention, rotary embeddings and RMS norms as one node each (opset 23), which runtimes
+            compute with kernels of their own.
 
     Returns:
         ``output``.
@@ -105,18 +106,18 @@ def capture_checkpoint(
         raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
     require("torch", "transformers", "onnxscript")
     path = Path(folder)
-    if attention == "node" and trace == "outline":
+    if fused and trace == "outline":
         raise OutputError(
             "attention as one node is tried with the model's weights, which an outline does not have",
-            "give --trace loaded, or omit --attention node",
+            "give --trace loaded, or omit --fused",
         )
     tell_stage(f"capturing {path} (seconds for a small model, minutes for 1B)")
-    opset = OPSET if attention == "node" else _BFLOAT16_OPSET if dtype == "bfloat16" else None
+    opset = OPSET if fused else _BFLOAT16_OPSET if dtype == "bfloat16" else None
     weights: Weights | None = None
     if trace == "outline":
         graph, captured, weights = _in_outline(path, look_at(path), dtype, kv_cache=kv_cache, opset=opset)
     else:
-        graph, captured = _loaded(path, dtype, replaced, kv_cache=kv_cache, opset=opset, attention=attention)
+        graph, captured = _loaded(path, dtype, replaced, kv_cache=kv_cache, opset=opset, fused=fused)
     if kv_cache:
         name_total(graph)
     graph.metadata_props.update(captured.to_metadata())
@@ -134,11 +135,11 @@ def _loaded(
     replaced: Collection[str],
     kv_cache: bool,
     opset: int | None,
-    attention: Attention,
+    fused: bool,
 ) -> tuple[ir.Model, Captured]:
     """Return the graph of a checkpoint's model with its weights in memory, and what it was captured from."""
     model, _ = load_model(path, dtype, replaced)
-    if attention == "node":
+    if fused:
         _batch_experts(model)
         switch_cache(model, False)
         use_node(model, example_inputs(model, path), path)
@@ -151,7 +152,10 @@ def _loaded(
         input_names=traced.input_names,
         opset=opset,
     )
-    return finish(graph), captured
+    graph = finish(graph)
+    if fused:
+        fuse_nodes(graph)
+    return graph, captured
 
 
 def _in_outline(
