@@ -113,6 +113,15 @@ def test_merged_and_in_a_bank(tmp_path):
     assert check_parity(base, tmp_path / "bank.onnx", {"a": adapter}, samples=3).passed
 
 
+def test_halves(tmp_path):
+    """Norms are computed in float32 between two casts, as transformers does."""
+    base, adapter = trained(llama, tmp_path, ["q_proj", "down_proj"])
+    graph, _ = capture_onnx(base, tmp_path / "base.onnx", dtype="float16", kv_cache=True, fused=True)
+    assert large_nodes(graph) == (2, 5, 4)
+    swap_onnx(graph, tmp_path / "swap.onnx", adapter=adapter)
+    assert check_parity(base, tmp_path / "swap.onnx", adapter, samples=3).passed
+
+
 def bloom():
     """It never calls the interface, but makes its mask for it."""
     return transformers.BloomForCausalLM(
