@@ -175,7 +175,7 @@ def open_base(
         else:
             graph = load_graph(base)
             free_names(graph)
-            _refuse_capturing(base, options.dtype, options.kv_cache)
+            _refuse_capturing(base, options)
         refuse_merged_into(str(base), merged_in(graph.model.metadata_props), list(adapters))
         opened = _opened(base, graph, adapters, options.checkpoint, share=options.share_base)
         reads = [*reads, *opened.files]
@@ -226,6 +226,7 @@ def _captured(
         captured,
         dtype=options.dtype or "float32",
         kv_cache=options.kv_cache,
+        fused=options.fused,
         replaced=[] if prepare else [name for adapter in adapters for name in adapter.extras],
     )
     return load_graph(captured)
@@ -243,12 +244,14 @@ def _explained(error: SiteError, base: Base) -> SiteError:
     )
 
 
-def _refuse_capturing(base: Path, dtype: str | None, kv_cache: bool) -> None:
-    given = ["--dtype"] * (dtype is not None) + ["--kv-cache"] * kv_cache
+def _refuse_capturing(base: Path, options: WriteOptions) -> None:
+    """Refuse options of a capture for a graph."""
+    flags = {"--dtype": options.dtype is not None, "--kv-cache": options.kv_cache, "--fused": options.fused}
+    given = " and ".join(flag for flag, is_given in flags.items() if is_given)
     if given:
         raise GraphError(
-            f"{base} is a graph already: {' and '.join(given)} can't change its dtype and cache",
-            f"give the checkpoint folder that it comes from as --base, or omit {' and '.join(given)}",
+            f"{base} is a graph already: {given} can't change how it was captured",
+            f"give the checkpoint folder that it comes from as --base, or omit {given}",
         )
 
 

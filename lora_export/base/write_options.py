@@ -18,6 +18,7 @@ class WriteOptions:
             base, if it is on this machine; False for none.
         dtype: Dtype in which a folder is captured; float32 if None.
         kv_cache: Capture a decoder with its key-value cache.
+        fused: Capture attention, rotary embeddings and RMS norms as one node each.
         share_base: Leave unchanged weights in the base's files.
         allow_unmatched: Leave out parameters that have no site.
         force: Replace existing outputs.
@@ -28,6 +29,7 @@ class WriteOptions:
     checkpoint: CheckpointChoice = None
     dtype: str | None = None
     kv_cache: bool = False
+    fused: bool = False
     share_base: bool = False
     allow_unmatched: bool = False
     force: bool = False

@@ -77,6 +77,11 @@ _CAPTURE_OPTIONS = [
         is_flag=True,
         help="Capture a checkpoint folder with its key-value cache, to generate text.",
     ),
+    click.option(
+        "--fused",
+        is_flag=True,
+        help="Capture a checkpoint folder with attention, rotary embeddings and RMS norms as one node each.",
+    ),
 ]
 _CHECKPOINT_OPTIONS = [
     click.option(

@@ -37,7 +37,7 @@ _OPTIONS = {
         *("targets", "against", "checkpoint", "no_checkpoint", "feeds", "baseline"),
     ),
     "How an adapter is read": ("alpha", "rank", "rslora", "format", "from_format", "component"),
-    "How a folder is captured": ("dtype", "kv_cache"),
+    "How a folder is captured": ("dtype", "kv_cache", "fused", "trace"),
     "What comes out": (
         *("output", "name", "reports", "junit", "html", "plot"),
         *("force", "dry_run", "share_base"),

@@ -55,6 +55,7 @@ def merge_onnx(
     component: str | None = None,
     dtype: str | None = None,
     kv_cache: bool = False,
+    fused: bool = False,
     share_base: bool = False,
     allow_unmatched: bool = False,
     force: bool = False,
@@ -77,6 +78,7 @@ def merge_onnx(
         dtype: Dtype of a captured folder: ``float32`` (the default), ``float16`` or ``bfloat16``, to which
             the sum, computed in float32, is rounded once.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
+        fused: Capture attention, rotary embeddings and RMS norms as one node each (opset 23).
         share_base: Leave unchanged weights in the base's own data files; the output's data file holds
             only what the adapters changed.
         allow_unmatched: Leave out tensors that have no site; the manifest lists them.

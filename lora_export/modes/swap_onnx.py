@@ -62,6 +62,7 @@ def swap_onnx(
     checkpoint: CheckpointChoice = None,
     dtype: str | None = None,
     kv_cache: bool = False,
+    fused: bool = False,
     share_base: bool = False,
     allow_unmatched: bool = False,
     force: bool = False,
@@ -89,6 +90,7 @@ def swap_onnx(
             one that an adapter names as its base, if it is on this machine; False: names alone.
         dtype: Dtype of a captured folder: ``float32`` (the default), ``float16`` or ``bfloat16``.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
+        fused: Capture attention, rotary embeddings and RMS norms as one node each (opset 23).
         share_base: Leave the weights in the base's own data files.
         allow_unmatched: Leave out modules that have no site.
         force: Replace existing output files.

@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 import transformers
+from engine_graphs import run
 from peft import LoraConfig, get_peft_model
 
 from lora_export import (
@@ -170,3 +171,21 @@ def test_an_outline_has_no_values_to_try_it_with(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     with pytest.raises(OutputError, match="tried with the model's weights"):
         capture_onnx(tmp_path / "base", tmp_path / "m.onnx", fused=True, trace="outline")
+
+
+def test_a_folder_is_captured_so_by_the_verbs_that_take_one(tmp_path, capsys):
+    base, adapter = trained(llama, tmp_path, ["q_proj", "v_proj"])
+    merge_onnx(base, adapter, tmp_path / "merged.onnx", kv_cache=True, fused=True)
+    assert large_nodes(tmp_path / "merged.onnx") == (2, 5, 4)
+    assert check_parity(base, tmp_path / "merged.onnx", adapter, samples=3).passed
+    given = ["--adapter", str(adapter), "--fused", "-o"]
+    assert run(capsys, "swap-onnx", "--base", str(base), *given, str(tmp_path / "s.onnx"))[0] == 0
+    # Without a cache the graph has no positions as an input: one table of angles is for all rows.
+    assert large_nodes(tmp_path / "s.onnx") == (2, 5, 0)
+    assert check_parity(base, tmp_path / "s.onnx", adapter, samples=3).passed
+    for verb in ("swap-onnx", "merge-onnx"):
+        code, _, said = run(
+            capsys, verb, "--base", str(tmp_path / "s.onnx"), *given, str(tmp_path / "t.onnx")
+        )
+        assert code == 1
+        assert "is a graph already: --fused" in said
