@@ -10,7 +10,6 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +18,7 @@ import onnx_ir as ir
 from lora_export.adapter import Array
 from lora_export.errors import GraphError
 from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE
-from lora_export.graph.onnx_file import load_graph
+from lora_export.graph.onnx_file import GraphFile
 from lora_export.graph.roles import role_of
 
 InputKind = Literal["ids", "types", "positions", "steps", "mask", "past", "bytes", "bools", "values"]
@@ -213,17 +212,17 @@ def sizes_by_role(ports: Sequence[InputPort]) -> list[tuple[InputPort, int, str 
     return found
 
 
-def ports_of_graph(path: Path, exclude: Collection[str] = ()) -> list[InputPort]:
+def ports_of_graph(file: GraphFile, exclude: Collection[str] = ()) -> list[InputPort]:
     """Return the inputs of an ONNX graph that a feed must have, in the graph's order.
 
     Args:
-        path: The graph.
+        file: The graph.
         exclude: Inputs to leave out: LoRA's. Inputs with a default are left out anyway.
 
     Raises:
-        GraphError: The graph can't be read, or has inputs that are not tensors of a known rank.
+        GraphError: It has inputs that are not tensors of a known rank.
     """
-    graph = load_graph(path).graph
+    graph = file.graph
     values = [v for v in graph.inputs if v.name not in exclude and v.name not in graph.initializers]
     problems = [
         f"{value.name}: {value.type or 'no type'}" + (" of unknown rank" if value.shape is None else "")
@@ -232,7 +231,7 @@ def ports_of_graph(path: Path, exclude: Collection[str] = ()) -> list[InputPort]
     ]
     if problems:
         raise GraphError(
-            f"{path.name} has inputs that are not tensors of a known rank",
+            f"{file.path.name} has inputs that are not tensors of a known rank",
             "export it again with plain tensors as inputs",
             problems,
         )

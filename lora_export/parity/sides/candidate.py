@@ -294,7 +294,7 @@ def describe(path: Path, provider: Provider | None) -> About:
         mode=record.mode if record else "plain",
         runtime="onnxruntime",
         provider=provider or "cpu",
-        ports=tuple(ports_of_graph(path, lora)),
+        ports=tuple(ports_of_graph(graph, lora)),
         outputs=tuple(output.name or "" for output in graph.graph.outputs),
         types=stored_types(graph),
         captured=Captured.from_metadata(metadata),
