@@ -79,6 +79,26 @@ ROWS = [
         "cases",
     ),
     (
+        "a pickle makes only what trainers write, and members of archives are what they state",
+        "tests/untrusted/test_untrusted_objects.py tests/untrusted/test_untrusted_members.py",
+        "cases",
+    ),
+    (
+        "names, shapes and values of an .onnx_adapter share no bytes",
+        "tests/untrusted/test_untrusted_tables.py",
+        "cases",
+    ),
+    (
+        "numbers of a config are counted before modules are made of them",
+        "tests/base/test_module_counts.py tests/base/test_weight_sets.py",
+        "cases",
+    ),
+    (
+        "a place that can't be read is not taken for an empty one",
+        "tests/untrusted/test_unreadable_places.py",
+        "cases",
+    ),
+    (
         "a stranger's pattern can't keep a verb busy",
         "tests/formats/test_patterns.py",
         "cases",

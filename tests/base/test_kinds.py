@@ -246,6 +246,7 @@ def test_a_folder_is_captured_as_it_was_saved(name, tmp_path):
     )
     assert captured is not None
     assert captured.kind == case.word
+    assert (captured.vocab_size is None) == (not any(key.endswith("input_ids") for key in case.feeds()))
     feeds = case.feeds()
     values = {key: value.numpy() for key, value in feeds.items()}
     with AdapterSession(tmp_path / "m.onnx") as session, torch.no_grad():

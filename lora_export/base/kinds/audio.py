@@ -32,17 +32,9 @@ class Audio(ModelKind):
         """Return the word for it."""
         return "audio"
 
-    def largest(self, model: Any) -> dict[str, int]:
-        """Return nothing: positions are made by a convolution."""
-        return {}
-
     def smallest(self, model: Any) -> dict[str, int]:
         """Return the number of samples that make two frames."""
         return {SAMPLES: _samples(model.config, 2)}
-
-    def vocab_size(self, model: Any) -> int | None:
-        """Return None: it reads no tokens."""
-        return None
 
 
 def _samples(config: Any, frames: int) -> int:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export.base.kinds.model_kind import DECODER_TOKENS, ModelKind, text_inputs, token_ids
+from lora_export.base.kinds.model_kind import DECODER_TOKENS, TokenKind, text_inputs, token_ids
 from lora_export.graph.captured import DECODER_SEQUENCE, SEQUENCE, Kind
 
 
-class EncoderDecoder(ModelKind):
+class EncoderDecoder(TokenKind):
     """Both halves in one graph, without caches: scores of a given answer."""
 
     def takes(self, model: Any) -> bool:

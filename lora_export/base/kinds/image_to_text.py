@@ -9,7 +9,7 @@ from typing import Any
 from lora_export.base.kinds.images import images
 from lora_export.base.kinds.model_kind import (
     DECODER_TOKENS,
-    ModelKind,
+    TokenKind,
     longest_of,
     parameters_of,
     token_ids,
@@ -17,7 +17,7 @@ from lora_export.base.kinds.model_kind import (
 from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, Kind
 
 
-class ImageToText(ModelKind):
+class ImageToText(TokenKind):
     """Encoder and decoder in one graph, without caches: scores of a given text."""
 
     def takes(self, model: Any) -> bool:

@@ -33,25 +33,41 @@ class ModelKind(ABC):
             CheckpointError: The folder does not say what the inputs are like.
         """
 
+    @abstractmethod
     def axes(self, name: str) -> dict[int, str]:
-        """Return the free axes of an input and their names; by default those of tokens."""
-        return {0: BATCH, 1: DECODER_SEQUENCE if name.startswith("decoder") else SEQUENCE}
+        """Return the free axes of an input and their names."""
 
     @abstractmethod
     def word(self, outputs: Mapping[str, Any]) -> Kind:
         """Return the graph's word for the kind, given what the model returned for the example."""
 
     def largest(self, model: Any) -> dict[str, int]:
-        """Return the name of each free axis that has a largest size; by default those of positions."""
-        longest = longest_of(model, model.config.get_text_config())
-        return {SEQUENCE: longest} if longest else {}
+        """Return the name of each free axis that has a largest size; by default none."""
+        return {}
 
     def smallest(self, model: Any) -> dict[str, int]:
-        """Return the name of each free axis that has a smallest size above 1."""
+        """Return the name of each free axis that has a smallest size above 1; by default none."""
         return {}
 
     def vocab_size(self, model: Any) -> int | None:
-        """Return the number of token ids; None if it reads none, or it is unknown."""
+        """Return the number of token ids; None, as by default, if it reads none."""
+        return None
+
+
+class TokenKind(ModelKind):
+    """A kind of model that reads tokens."""
+
+    def axes(self, name: str) -> dict[int, str]:
+        """Return batch and tokens."""
+        return {0: BATCH, 1: DECODER_SEQUENCE if name.startswith("decoder") else SEQUENCE}
+
+    def largest(self, model: Any) -> dict[str, int]:
+        """Return the number of positions, if the config has one."""
+        longest = longest_of(model, model.config.get_text_config())
+        return {SEQUENCE: longest} if longest else {}
+
+    def vocab_size(self, model: Any) -> int | None:
+        """Return the number of token ids; None if the config has none."""
         size = getattr(model.config.get_text_config(), "vocab_size", None)
         return None if size is None else int(size)
 

@@ -30,11 +30,3 @@ class Spectrogram(ModelKind):
     def word(self, outputs: Mapping[str, Any]) -> Kind:
         """Return the word for it."""
         return "audio"
-
-    def largest(self, model: Any) -> dict[str, int]:
-        """Return nothing: all other axes are fixed."""
-        return {}
-
-    def vocab_size(self, model: Any) -> int | None:
-        """Return None: it reads no tokens."""
-        return None

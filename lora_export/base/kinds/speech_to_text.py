@@ -9,7 +9,7 @@ from typing import Any
 from lora_export.base.kinds.model_kind import (
     DECODER_TOKENS,
     ROWS,
-    ModelKind,
+    TokenKind,
     noise,
     parameters_of,
     token_ids,
@@ -20,7 +20,7 @@ from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, Kind
 _FRAMES = 2
 
 
-class SpeechToText(ModelKind):
+class SpeechToText(TokenKind):
     """Encoder and decoder in one graph, without caches; of a classifier, the encoder."""
 
     def takes(self, model: Any) -> bool:
@@ -32,7 +32,7 @@ class SpeechToText(ModelKind):
         config = model.config
         frames = _FRAMES * config.max_source_positions
         inputs = {"input_features": noise(model, (ROWS, config.num_mel_bins, frames))}
-        if "decoder_input_ids" in parameters_of(model):
+        if _has_decoder(model):
             inputs["decoder_input_ids"] = token_ids(model, tokens=DECODER_TOKENS)
         return inputs
 
@@ -46,4 +46,12 @@ class SpeechToText(ModelKind):
 
     def largest(self, model: Any) -> dict[str, int]:
         """Return the number of positions of the decoder."""
-        return {DECODER_SEQUENCE: int(model.config.max_target_positions)}
+        return {DECODER_SEQUENCE: int(model.config.max_target_positions)} if _has_decoder(model) else {}
+
+    def vocab_size(self, model: Any) -> int | None:
+        """Return the number of the decoder's token ids."""
+        return super().vocab_size(model) if _has_decoder(model) else None
+
+
+def _has_decoder(model: Any) -> bool:
+    return "decoder_input_ids" in parameters_of(model)

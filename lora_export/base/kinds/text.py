@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export.base.kinds.model_kind import ModelKind, text_inputs
+from lora_export.base.kinds.model_kind import TokenKind, text_inputs
 from lora_export.graph.captured import Kind
 
 # Outputs with the state of a decoder.
 _STATES = ("past_key_values", "cache_params")
 
 
-class Text(ModelKind):
+class Text(TokenKind):
     """A model of one text; of a vision–language model, its text without images."""
 
     def takes(self, model: Any) -> bool:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.base.kinds.images import images
-from lora_export.base.kinds.model_kind import ModelKind, text_inputs
+from lora_export.base.kinds.model_kind import TokenKind, text_inputs
 from lora_export.graph.captured import IMAGE_BATCH, SEQUENCE, TEXT_BATCH, Kind
 
 
-class TextImage(ModelKind):
+class TextImage(TokenKind):
     """Two towers and the scores of every text with every image."""
 
     def takes(self, model: Any) -> bool:
