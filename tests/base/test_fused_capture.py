@@ -62,6 +62,13 @@ def bart():
     return transformers.BartForConditionalGeneration(config)
 
 
+def t5():
+    config = transformers.T5Config(
+        d_model=32, num_layers=2, num_heads=4, d_ff=48, d_kv=8, vocab_size=99, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
 def trained(make, folder, targets):
     torch.manual_seed(0)
     model = make().eval()
@@ -92,6 +99,7 @@ def large_nodes(path):
         pytest.param(bert, False, ["query", "value"], (2, 0, 0), id="bert"),
         pytest.param(vit, False, ["q_proj", "v_proj"], (2, 0, 0), id="vit"),
         pytest.param(bart, False, ["k_proj", "out_proj"], (6, 0, 0), id="bart"),
+        pytest.param(t5, False, ["q", "o"], (6, 12, 0), id="t5, with a bias of positions"),
     ],
 )
 def test_the_graph_computes_what_the_model_does(make, kv_cache, targets, count, tmp_path):
@@ -130,16 +138,15 @@ def bloom():
     )
 
 
-def t5():
-    config = transformers.T5Config(
-        d_model=32, num_layers=2, num_heads=4, d_ff=48, d_kv=8, vocab_size=99, decoder_start_token_id=0
-    )
-    return transformers.T5ForConditionalGeneration(config)
+def gpt_oss():
+    """Its softmax has a sink: one more score, which is of no token."""
+    sizes = {**GROUPED, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, rope_scaling=None))
 
 
 @pytest.mark.parametrize(
     ("make", "text"),
-    [(bloom, "does not attend through transformers' interface"), (t5, "takes position_bias")],
+    [(bloom, "does not attend through transformers' interface"), (gpt_oss, "takes s_aux")],
 )
 def test_models_that_attend_in_a_way_of_their_own_are_refused(make, text, tmp_path):
     make().save_pretrained(tmp_path / "base")

@@ -26,7 +26,7 @@ _OMIT = "omit --fused (fused=True)"
 # Relative difference of two ways to add up; the mask of a wrong row moves far more. Halves round each step.
 _DIFFERENCE, _HALVES_DIFFERENCE = 1e-4, 0.05
 # Arguments that change what attention computes and that the operator has no place for.
-_NOT_TAKEN = ("s_aux", "head_mask", "position_bias", "cache_position_bias")
+_NOT_TAKEN = ("s_aux", "head_mask", "cache")
 
 
 def use_node(model: Any, inputs: Mapping[str, Any], path: Path) -> None:
@@ -93,6 +93,7 @@ def _attend(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     softcap: float | None = None,
+    position_bias: torch.Tensor | None = None,
     **others: Any,
 ) -> torch.Tensor:
     """Return ``[batch, sequence, heads, head_dim]`` of queries ``[batch, heads, sequence, head_dim]``."""
@@ -103,6 +104,13 @@ def _attend(
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     # A cache of a fixed size is longer than the mask of what is in it.
     mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
+    if position_bias is not None:
+        # T5's, added to the scores as the operator adds a mask of numbers, which then has to hold all.
+        bias = position_bias.to(query.dtype)
+        if causal and mask is None:
+            sizes = query.shape[2], key.shape[2]
+            mask = torch.ones(sizes, dtype=torch.bool, device=query.device).tril(sizes[1] - sizes[0])
+        mask = bias if mask is None else torch.where(mask, bias, torch.finfo(query.dtype).min)
     found = torch.onnx.ops.attention(
         query,
         key,
