@@ -88,6 +88,9 @@ class Captured:
         largest, smallest = {}, {}
         try:
             found = check_plain(Mapping[str, _Dim], dims, "dims")
+            problems += [
+                f"dims.{name}: no max and no min" for name, dim in found.items() if dim.max is dim.min is None
+            ]
             largest = {name: dim.max for name, dim in found.items() if dim.max is not None}
             smallest = {name: dim.min for name, dim in found.items() if dim.min is not None}
         except FieldError as error:
