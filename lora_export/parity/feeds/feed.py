@@ -220,7 +220,7 @@ def ports_of_graph(file: GraphFile, exclude: Collection[str] = ()) -> list[Input
         exclude: Inputs to leave out: LoRA's. Inputs with a default are left out anyway.
 
     Raises:
-        GraphError: It has inputs that are not tensors of a known rank.
+        GraphError: Some of them are not tensors of a known rank.
     """
     graph = file.graph
     values = [v for v in graph.inputs if v.name not in exclude and v.name not in graph.initializers]
