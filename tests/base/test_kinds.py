@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
+import peaks
 import pytest
 import torch
 import transformers
@@ -290,7 +292,7 @@ def test_parity_of_scores_of_all_pairs(tmp_path):
 class OfSize:
     """What `images` reads of a model."""
 
-    dtype, device = torch.float32, torch.device("cpu")
+    dtype, device, main_input_name = torch.float32, torch.device("cpu"), "pixel_values"
 
 
 @pytest.mark.parametrize(
@@ -318,9 +320,13 @@ def test_the_size_of_images(config, processor, wanted, tmp_path):
         ({}, None, "states how large the images are"),
         ({"image_size": None}, {"size": {"longest_edge": 20}}, "states how large the images are"),
         ({"image_size": True}, {"size": "20"}, "states how large the images are"),
-        ({"image_size": 0}, None, "0 × 0 pixels"),
-        ({"image_size": [16, 1 << 40]}, None, "pixels"),
-        ({}, {"size": {"height": -3, "width": 8}}, "-3 × 8 pixels"),
+        ({"image_size": 0}, None, "2 × 3 × 0 × 0 values"),
+        (
+            {"image_size": [16, 1 << 40]},
+            None,
+            r"1099511627776 values .* at most 33554432 bytes for these weights",
+        ),
+        ({}, {"size": {"height": -3, "width": 8}}, "2 × 3 × -3 × 8 values"),
         ({}, [], "states how large the images are"),
     ],
 )
@@ -329,3 +335,38 @@ def test_a_size_that_is_missing_or_absurd(config, processor, text, tmp_path):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     with pytest.raises(CheckpointError, match=text):
         images(OfSize(), transformers.PretrainedConfig(**config), tmp_path)
+
+
+SMALL = ("ConvNextModel", {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2, "image_size": 32})
+SOUND = ("Wav2Vec2Model", {**SPEECH, "num_hidden_layers": 1})
+
+
+@pytest.mark.parametrize(
+    ("made", "change"),
+    [
+        (SMALL, {"image_size": 8192}),
+        (SOUND, {"conv_stride": [65_000, 65_000]}),
+        (SOUND, {"conv_stride": [10_000, 1_000]}),
+        (SOUND, {"conv_stride": [5, -100]}),
+    ],
+)
+def test_a_config_does_not_choose_how_large_an_example_is(made, change, tmp_path):
+    """20 kB of weights: 4 GB and half a minute for images of 8192 pixels; 1.3 TB for strides of 65,000."""
+    name, config = made
+    kind = getattr(transformers, name)
+    kind(kind.config_class(**config)).save_pretrained(tmp_path / "base")
+    stated = tmp_path / "base" / "config.json"
+    known = stated.read_text()
+    stated.write_text(json.dumps(json.loads(known) | change))
+    good = tmp_path / "good"
+    shutil.copytree(tmp_path / "base", good)
+    (good / "config.json").write_text(known)
+    (run,) = peaks.measured(
+        [["capture-onnx", good, "-o", tmp_path / "good.onnx"]],
+        [["capture-onnx", tmp_path / "base", "-o", tmp_path / "m.onnx"]],
+    )
+    code, _, said, peak, seconds = run
+    assert code == 1
+    assert "of the stated size would be 2 × " in said
+    assert peak < peaks.allowed(tmp_path / "base")
+    assert seconds < 10

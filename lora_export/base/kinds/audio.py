@@ -22,7 +22,7 @@ class Audio(ModelKind):
 
     def example_inputs(self, model: Any, folder: Path) -> dict[str, Any]:
         """Return noise that makes some frames."""
-        return {"input_values": noise(model, (ROWS, _samples(model.config, _FRAMES) + 1))}
+        return {"input_values": noise(model, (ROWS, _samples(model.config, _FRAMES) + 1), folder)}
 
     def axes(self, name: str) -> dict[int, str]:
         """Return the batch and the number of samples."""

@@ -6,14 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export.base.kinds.model_kind import ROWS, noise
+from lora_export.base.kinds.model_kind import PROCESSOR, ROWS, noise
 from lora_export.errors import CheckpointError
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.places import is_file
-
-_PROCESSOR = "preprocessor_config.json"
-# A larger picture would take the example's memory, not the model's: the largest processors state 2048.
-_LARGEST = 8192
 
 
 def images(model: Any, config: Any, folder: Path) -> Any:
@@ -25,7 +21,7 @@ def images(model: Any, config: Any, folder: Path) -> Any:
         folder: Its folder.
 
     Raises:
-        CheckpointError: Neither the config nor the image processor states a size.
+        CheckpointError: Neither the config nor the image processor states a size, or one that is too large.
     """
     height, width = _size(config, folder)
     channels = next(
@@ -36,27 +32,22 @@ def images(model: Any, config: Any, folder: Path) -> Any:
         ),
         3,
     )
-    return noise(model, (ROWS, channels, height, width))
+    return noise(model, (ROWS, channels, height, width), folder)
 
 
 def _size(config: Any, folder: Path) -> tuple[int, int]:
     """Return height and width."""
     found = _read_size(getattr(config, "image_size", None))
-    path = folder / _PROCESSOR
+    path = folder / PROCESSOR
     if found is None and is_file(path):
         written = read_json(path, CheckpointError, "save the image processor again")
         for name in ("crop_size", "size"):
             found = found or (_read_size(written.get(name)) if isinstance(written, Mapping) else None)
     if found is None:
         raise CheckpointError(
-            f"{folder}: neither config.json (image_size) nor {_PROCESSOR} (size) states how large the images "
+            f"{folder}: neither config.json (image_size) nor {PROCESSOR} (size) states how large the images "
             "are, which the graph needs",
-            f'add "image_size" to config.json, or save the image processor in the folder as {_PROCESSOR}',
-        )
-    if not all(0 < side <= _LARGEST for side in found):
-        raise CheckpointError(
-            f"{folder}: the images are stated to have {found[0]} × {found[1]} pixels",
-            f"state a size of 1 to {_LARGEST}",
+            f'add "image_size" to config.json, or save the image processor in the folder as {PROCESSOR}',
         )
     return found
 

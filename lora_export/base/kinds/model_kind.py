@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_export.base.checkpoint.module_counts import weights_bytes
+from lora_export.errors import CheckpointError
 from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, SEQUENCE, Kind
 
 # Sizes of the examples that no other dimension of a model has; the rows are those of one batch.
 ROWS, TOKENS, DECODER_TOKENS = 2, 7, 5
+# Config of the image processor.
+PROCESSOR = "preprocessor_config.json"
+# Of an example, beside the size of the weights: two images of 1182 × 1182 pixels in float32.
+_SMALL_BYTES = 32 << 20
 
 
 class ModelKind(ABC):
@@ -96,10 +103,27 @@ def text_inputs(model: Any) -> dict[str, Any]:
     return inputs
 
 
-def noise(model: Any, shape: Sequence[int]) -> Any:
-    """Return random values of a shape in the model's dtype; zeros on the meta device, which has no values."""
+def noise(model: Any, shape: Sequence[int], folder: Path) -> Any:
+    """Return random values of a shape in the model's dtype; zeros on the meta device, which has no values.
+
+    Args:
+        model: A transformers model.
+        shape: The shape, which its config states in some way.
+        folder: Its folder.
+
+    Raises:
+        CheckpointError: A size is not one, or they would take more memory than suits the model's weights.
+    """
     import torch
 
+    most = _SMALL_BYTES + weights_bytes(folder)
+    if min(shape) < 1 or math.prod(shape) * model.dtype.itemsize > most:
+        raise CheckpointError(
+            f"{folder}: {model.main_input_name} of the stated size would be {' × '.join(map(str, shape))} "
+            f"values in {model.dtype}; wanted are sizes of at least 1, and at most {most} bytes for these "
+            "weights",
+            f"write the sizes that the model is for into config.json or {PROCESSOR} (of images, of steps)",
+        )
     if model.device.type == "meta":
         return torch.zeros(*shape, dtype=model.dtype)
     generator = torch.Generator(device=model.device).manual_seed(0)

@@ -21,7 +21,8 @@ class Spectrogram(ModelKind):
 
     def example_inputs(self, model: Any, folder: Path) -> dict[str, Any]:
         """Return noise ``[rows, max_length, num_mel_bins]``."""
-        return {"input_values": noise(model, (ROWS, model.config.max_length, model.config.num_mel_bins))}
+        config = model.config
+        return {"input_values": noise(model, (ROWS, config.max_length, config.num_mel_bins), folder)}
 
     def axes(self, name: str) -> dict[int, str]:
         """Return the batch: the size is fixed."""

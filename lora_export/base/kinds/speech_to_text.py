@@ -31,7 +31,7 @@ class SpeechToText(TokenKind):
         """Return a spectrogram ``[rows, num_mel_bins, frames]`` of 30 seconds, and ids of the decoder."""
         config = model.config
         frames = _FRAMES * config.max_source_positions
-        inputs = {"input_features": noise(model, (ROWS, config.num_mel_bins, frames))}
+        inputs = {"input_features": noise(model, (ROWS, config.num_mel_bins, frames), folder)}
         if _has_decoder(model):
             inputs["decoder_input_ids"] = token_ids(model, tokens=DECODER_TOKENS)
         return inputs
