@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ _SYMBOLS: tuple[tuple[str, Role], ...] = (
 _USUAL_SEQUENCE = 128
 # Number of token ids to use if the vocabulary's size is unknown: any vocabulary has these.
 _SAFE_VOCABULARY = 16
+# Of what a graph claims of an input: as parity, which does not make more for a whole check.
+_MAX_VALUES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,9 @@ def shape_problems(model: BenchModel, workload: Workload) -> Iterator[str]:
     """Yield the reasons why a model can't take a workload, as far as its inputs tell."""
     sizes, symbols = workload.sizes, _symbols(model)
     for port in model.inputs:
+        fixed = [dim for dim in port.dims if isinstance(dim, int)]
+        if math.prod(fixed) > _MAX_VALUES:
+            yield f"{port.name}: fixed sizes of {' × '.join(map(str, fixed))}, at most {_MAX_VALUES} values"
         for axis, (dim, role) in enumerate(zip(port.dims, _roles(port, symbols), strict=True)):
             if role is None:
                 if not isinstance(dim, int):

@@ -370,3 +370,16 @@ def test_a_config_does_not_choose_how_large_an_example_is(made, change, tmp_path
     assert "of the stated size would be 2 × " in said
     assert peak < peaks.allowed(tmp_path / "base")
     assert seconds < 10
+
+
+@pytest.mark.parametrize(("stated", "known"), [(20, 20), (2**31, None), (10**30, None)])
+def test_positions_without_a_limit_are_not_written_as_one(stated, known):
+    """A graph's record with 10³⁰ was refused by every reader, "capture the checkpoint again"."""
+    config = transformers.LlamaConfig(
+        **TOWER, num_key_value_heads=2, vocab_size=60, max_position_embeddings=stated
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    kind = kind_of(model)
+    assert kind is not None
+    assert kind.largest(model).get("sequence") == known

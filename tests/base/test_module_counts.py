@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lora_export.base.capture.loading import load_model
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.layer_counts import refuse_large_numbers
+from lora_export.base.checkpoint.layer_counts import refuse_large_numbers, refuse_many_layers
 from lora_export.base.checkpoint.meta_model import build_model
 from lora_export.base.checkpoint.module_counts import few_modules
 from lora_export.errors import CheckpointError
@@ -116,6 +116,7 @@ def test_numbers_of_every_kind_of_model_pass():
     configs = [*map(_default, CONFIG_MAPPING)]
     for config in filter(None, configs):
         refuse_large_numbers(Path("base"), config)
+        refuse_many_layers(Path("base"), config.to_dict())
     assert len(configs) > 300
 
 

@@ -132,6 +132,10 @@ def test_problems_name_input_and_size():
         "input_ids has a fixed sequence of 128, not 64: give --sequence 128",
         "image: the size of axis 2 (height) is unknown",
     ]
+    huge = model(("image", "float32", ("batch", 1 << 20, 1 << 20)))
+    assert list(shape_problems(huge, Workload("run", 1, 0))) == [
+        "image: fixed sizes of 1048576 × 1048576, at most 536870912 values"
+    ]
     small = decoder()
     small = BenchModel(
         path=small.path,

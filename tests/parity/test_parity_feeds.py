@@ -29,6 +29,24 @@ from lora_export.parity.feeds.made import make_feeds, ports_of_graph, rows_of
 PIXELS = [port("pixel_values", ("batch", 3, 8, 8), np.float32)]
 
 
+HUGE = {
+    "one input": [port("pixel_values", ("batch", 1 << 20, 1 << 20), np.float32)],
+    "tokens": [port("input_ids", (1, 1 << 40), np.int64, rows=8)],
+}
+
+
+@pytest.mark.parametrize("ports", HUGE.values(), ids=HUGE)
+def test_a_graph_does_not_choose_how_much_memory_feeds_take(ports):
+    """A graph's file holds nothing of its inputs but their sizes; of sounds, its metadata do."""
+    refused(lambda: make_feeds(ports), "more than 536870912 values", "--samples")
+
+
+def test_the_shortest_sound_does_not_choose_it_either():
+    record = Captured(kind="audio", kv_cache=False, dtype="float32", smallest={"samples": 10**12})
+    sound = [port("input_values", ("batch", "samples"), np.float32)]
+    refused(lambda: make_feeds(sound, record), "more than 536870912 values")
+
+
 # --- properties of what is made ----------------------------------------------------------------------
 
 

@@ -15,13 +15,14 @@ from typing import Any
 from lora_export.errors import CheckpointError
 from lora_export.untrusted.fields import seen
 
-# The deepest published model has 1000 (DeepNet, arXiv:2203.00555), the largest mixtures some hundred experts.
+# The deepest published model has 1000 (DeepNet, arXiv:2203.00555).
 MOST = 2048
-# num_hidden_layers, n_layer, encoder_layers, num_local_experts, depth, depths, num_blocks …
-_COUNTS = re.compile(r"(?:.*_)?(?:layers?|experts|blocks|depths?|hidden_groups|group_num)")
-# Classifiers of ImageNet-21k have 21,843.
+# num_hidden_layers, n_layer, encoder_layers, depth, depths, num_blocks …
+_COUNTS = re.compile(r"(?:.*_)?(?:layers?|blocks|depths?|hidden_groups|group_num)")
+# Classifiers of ImageNet-21k have 21,843. Doge states 16,384 experts, each a row of an embedding; those that
+# are modules are counted with them.
 MOST_ENTRIES = 1 << 17
-_LABELS = re.compile(r"(?:.*_)?(?:labels|classes)")
+_LABELS = re.compile(r"(?:.*_)?(?:labels|classes|experts)")
 # Words in names of numbers that are larger in some model: of tokens, positions, sizes, angles and so on.
 _LARGE = re.compile(
     r"(?:.*_)?(?:ids?|idx|index|indices|tokens?|vocab|positions?|len|length|ctx|context|window|chunk|sizes?|theta"

@@ -17,6 +17,8 @@ from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, SEQUENCE, Kind
 ROWS, TOKENS, DECODER_TOKENS = 2, 7, 5
 # Config of the image processor.
 PROCESSOR = "preprocessor_config.json"
+# Numbers of positions from here on are none.
+_NO_LIMIT = 1 << 31
 # Of an example, beside the size of the weights: two images of 1182 × 1182 pixels in float32.
 _SMALL_BYTES = 32 << 20
 
@@ -143,7 +145,8 @@ def longest_of(model: Any, config: Any) -> int | None:
         config: Config of its text model.
     """
     limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
+    # What can't be a size says nothing: tokenizers, for one, write 10³⁰ for "no limit".
+    if not isinstance(limit, int) or not 0 < limit < _NO_LIMIT:
         return None
     for name, module in model.named_modules():
         # RoBERTa and similar models begin to count after the padding token's id.

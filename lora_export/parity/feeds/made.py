@@ -8,6 +8,7 @@ few tokens; positions that count a row's own tokens; floats from a standard norm
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,6 +44,8 @@ _PAST_SCALE = 0.5
 _TYPES = 2
 # Today's largest models have some hundred thousand ids; all ids are shuffled at once.
 _MAX_VOCABULARY = 1 << 22
+# Values of all feeds together: eight of four large scans each (Donut's, of 2560 × 1920 pixels).
+_MAX_VALUES = 1 << 29
 _PADDINGS = ("none", "left", "right")
 
 
@@ -188,6 +191,7 @@ class _Maker:
         self._random = np.random.default_rng(seed)
         self._decks = {name: _Deck(size or 0, self._random, first) for name, size in vocabularies.items()}
         self._roles = {(port.name, axis): role for port, axis, role in sizes_by_role(ports)}
+        self._count = 0
 
     def feed(self, number: int, pairs: Sequence[tuple[int, int]], sequences: Sequence[int]) -> Feed:
         """Return the feed of a number; call it with the numbers in order."""
@@ -222,6 +226,7 @@ class _Maker:
 
     def _mask(self, first: int, side: str, batch: int, past: int, sequence: int) -> Array:
         """Return a mask that is True for tokens without padding, bool ``[batch, past + sequence]``."""
+        self._take("the mask", (batch, past + sequence))
         mask = np.ones((batch, past + sequence), np.bool_)
         has_mask = any(port.kind == "mask" and self._side(port) == side for port in self._ports)
         if not (has_mask and self._padded):
@@ -248,9 +253,20 @@ class _Maker:
             dim if isinstance(dim, int) else lengths[str(self._roles[port.name, axis])]
             for axis, dim in enumerate(port.shape)
         )
+        self._take(port.name, shape)
         mask = masks[self._side(port)]
         made = self._made(port, shape, mask)
         return np.ascontiguousarray(made.astype(port.dtype))
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> None:
+        """Count values before they are made: the graph only claims the sizes of its inputs."""
+        self._count += math.prod(shape)
+        if self._count > _MAX_VALUES:
+            raise BackendError(
+                f"with {name} of {' × '.join(map(str, shape))} values the feeds would have more than "
+                f"{_MAX_VALUES} values",
+                "give fewer or smaller ones (--samples, --batch, --sequence), or your own (--feeds)",
+            )
 
     def _made(self, port: InputPort, shape: tuple[int, ...], mask: Array) -> Array:
         """Return values, not yet in the input's dtype, for the last tokens of the mask that fit."""
