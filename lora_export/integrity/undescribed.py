@@ -11,13 +11,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from lora_export.errors import LoraExportError
 from lora_export.untrusted.documents import read_json
-from lora_export.untrusted.places import is_file, is_link
+from lora_export.untrusted.places import is_file, is_link, walk
 
 _SHOWN = {
     *(".md", ".txt", ".rst", ".pdf", ".html", ".css", ".csv", ".tsv", ".log", ".xml"),
@@ -54,14 +53,10 @@ def files_in(folder: Path) -> Iterator[tuple[Path, str]]:
     Hidden ones are left out unless they matter.
     """
     closed: list[OSError] = []
-    for place, folders, names in os.walk(folder, onerror=closed.append):
-        folders.sort()
-        for name in [*folders]:
-            if is_link(link := Path(place, name)):
-                folders.remove(name)
-                yield link, "it is a link to a folder"
-        for name in sorted(names):
-            file = Path(place, name)
+    for folders, files in walk(folder, closed.append):
+        for link in filter(is_link, folders):
+            yield link, "it is a link to a folder"
+        for file in files:
             if not is_file(file):
                 # Locks of other programs may be sockets or links to nothing.
                 if not _is_hidden(file, folder):

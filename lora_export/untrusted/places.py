@@ -74,6 +74,36 @@ def listed(folder: Path, pattern: str = "*") -> list[Path]:
     return sorted(path for path in folder.iterdir() if fnmatchcase(path.name, pattern))
 
 
+def walk(folder: Path, closed: Callable[[OSError], object]) -> Iterator[tuple[list[Path], list[Path]]]:
+    """Yield the folders and all else that a folder has, in order, then so of each folder in it, but no links.
+
+    ``os.walk`` calls itself for each folder until Python 3.12: a thousand of them, each in the one before,
+    were too many.
+
+    Args:
+        folder: The folder.
+        closed: Called with the error of each folder that can't be listed.
+    """
+    todo = [folder]
+    while todo:
+        place = todo.pop()
+        try:
+            kinds = {path: _is_certainly_folder(path) for path in sorted(place.iterdir())}
+        except OSError as error:
+            closed(error)
+            continue
+        folders = [path for path, is_one in kinds.items() if is_one]
+        yield folders, [path for path, is_one in kinds.items() if not is_one]
+        todo += [path for path in reversed(folders) if not is_link(path)]
+
+
+def _is_certainly_folder(path: Path) -> bool:
+    try:
+        return is_folder(path)
+    except OSError:  # a link into a folder that can't be searched
+        return False
+
+
 def all_below(folder: Path) -> Iterator[Path]:
     """Yield what is in a folder and in those below it; links to folders are not followed.
 
@@ -84,8 +114,8 @@ def all_below(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        yield from (Path(place, name) for name in (*folders, *names))
+    for folders, others in walk(folder, refuse):
+        yield from (*folders, *others)
 
 
 def files_below(folder: Path) -> list[Path]:
