@@ -125,3 +125,28 @@ def _default(kind: str) -> Any:
         return CONFIG_MAPPING[kind]()
     except Exception:  # a config of parts, which have no defaults, or one whose packages are missing
         return None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("generation_config.json", '{"x": [' + "[]," * 5_000_000 + "[]]}", "has more than 524288 bytes"),
+        ("generation_config.json", '{"x": [' + "[]," * 170_000 + "[]]}", None),
+        ("generation_config.json", '{"a":' * 100 + "1" + "}" * 100, "nested deeper than 64 levels"),
+        ("pytorch_model.bin.index.json", '{"x": [' + "[]," * 5_000_000 + "[]]}", "can't be read as JSON"),
+    ],
+)
+def test_what_else_transformers_reads_of_a_folder(name, text, says, tmp_path):
+    """15 MB took 1.1 GB and 36 s."""
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=1, vocab_size=32)
+    for folder in ("good", "base"):
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / folder)
+    (tmp_path / "base" / name).write_text(text)
+    ((code, _, said, peak, seconds),) = peaks.measured(
+        [["capture-onnx", tmp_path / "good", "-o", tmp_path / "good.onnx"]],
+        [["capture-onnx", tmp_path / "base", "-o", tmp_path / "m.onnx"]],
+    )
+    assert code == (1 if says else 0)
+    assert (says or "writing the graph") in said
+    assert peak < peaks.allowed(tmp_path / "base")
+    assert seconds < 20

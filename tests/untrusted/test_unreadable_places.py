@@ -87,8 +87,15 @@ def test_no_other_way_of_listing():
     assert not [f"{path}: {one[0]}" for path in files for one in way.finditer(path.read_text())]
 
 
-def deep(folder, depth):
-    """Make a folder that holds one that holds one …, and a file in the last."""
+@pytest.fixture
+def deep(tmp_path):
+    """Make in ``set`` a folder that holds one that holds one …, and a file in the last."""
+    yield lambda depth: _deepen(tmp_path / "set", depth)
+    # Before `tmp_path` ends: pytest removes it by calling itself for each folder.
+    subprocess.run(["rm", "-rf", str(tmp_path / "set")], check=True)
+
+
+def _deepen(folder, depth):
     place = os.open(folder, os.O_RDONLY)
     for _ in range(depth):
         os.mkdir("a", dir_fd=place)
@@ -103,19 +110,18 @@ def deep(folder, depth):
     ("depth", "says"),
     [(1500, "evil.bin: not described"), (3000, "a/a: not described; it is not a regular file")],
 )
-def test_folders_in_folders(depth, says, tmp_path, capsys):
+def test_folders_in_folders(depth, says, deep, tmp_path, capsys):
     """Python calls itself a thousand times at most; a path has 4,096 letters at most."""
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "tokenizer.txt").write_text("x")
     (tmp_path / "set" / "SHA256SUMS").write_text(
         f"{sha256_of(tmp_path / 'set/tokenizer.txt')}  tokenizer.txt\n"
     )
-    deep(tmp_path / "set", depth)
+    deep(depth)
     assert _run(["verify", str(tmp_path / "set")], False) == 1
     assert says in capsys.readouterr().err
     if depth == 1500:
         assert len(files_below(tmp_path)) == 3
-    subprocess.run(["rm", "-rf", str(tmp_path / "set")], check=True)  # pytest's own way calls itself
 
 
 @pytest.fixture

@@ -23,12 +23,17 @@ from lora_export.base.checkpoint.weight_files import refuse_chosen_elsewhere
 from lora_export.base.checkpoint.widths import refuse_wide
 from lora_export.errors import CheckpointError
 from lora_export.storage.inputs import note_inputs
+from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.links import refuse_links
 from lora_export.untrusted.places import exists, is_folder, listed
 
 EXPORT_YOURSELF = (
     "export the model yourself and go on with that .onnx (lora_export.export_onnx does it, an adapter merged)"
 )
+
+# Defaults of generating texts, which transformers copies several times: 15 MB of it took 1.1 GB and 36 s. The
+# largest published ones (Whisper's) have some kilobytes.
+_GENERATION, _GENERATION_BYTES = "generation_config.json", 1 << 19
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ def look_at(path: Path) -> Loading:
     refuse_own_code(path, written)
     refuse_chosen_elsewhere(path, written)
     refuse_many_layers(path, written)
+    _refuse_costly(path)
     _refuse_adapter_beside(path)
     refuse_bare_codes(path)
     with quiet(), never_asked():
@@ -119,6 +125,18 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
     _refuse_missing(lacks["missing_keys"], path, replaced)
     _refuse_infinite(model, path, dtype)
     return model.eval(), tuple(sorted(lacks["missing_keys"]))
+
+
+def _refuse_costly(folder: Path) -> None:
+    """Refuse further documents that transformers reads with a model, and that no other reader limits."""
+    for found in listed(folder, "*.json"):
+        is_generation = found.name == _GENERATION
+        if is_generation and found.stat().st_size > _GENERATION_BYTES:
+            raise CheckpointError(
+                f"{found} has more than {_GENERATION_BYTES} bytes", "save the model again, or delete it there"
+            )
+        if is_generation or found.name.endswith(".index.json"):
+            read_json(found, CheckpointError, "download or save it again")
 
 
 def _cant_load(path: Path, error: Exception) -> CheckpointError:
