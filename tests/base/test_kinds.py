@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from lora_export import AdapterSession, CheckpointError, check_parity, swap_onnx
+from lora_export.base.capture import work
 from lora_export.base.kinds import KINDS, kind_of
 from lora_export.base.kinds.images import images
 from lora_export.graph.captured import Captured
@@ -370,6 +372,47 @@ def test_a_config_does_not_choose_how_large_an_example_is(made, change, tmp_path
     assert "of the stated size would be 2 × " in said
     assert peak < peaks.allowed(tmp_path / "base")
     assert seconds < 10
+
+
+PIXELS = {**SEGFORMER, "sr_ratios": [1, 1], "strides": [1, 2], "image_size": 500}
+FRAMES = {**WHISPER, "d_model": 4, "encoder_attention_heads": 1, "decoder_attention_heads": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("SegformerModel", PIXELS),
+        ("WhisperForConditionalGeneration", {**FRAMES, "max_source_positions": 12_000}),
+    ],
+)
+def test_a_config_does_not_choose_how_much_is_computed(name, config, tmp_path):
+    """Attention of each pixel, or frame, to each other: hours for 50 kB of weights, 2.3 GB for 200 kB."""
+    kind = getattr(transformers, name)
+    kind(kind.config_class(**config)).save_pretrained(tmp_path / "base")
+    small = "strides" if name == "SegformerModel" else "max_source_positions"
+    kind(
+        kind.config_class(**{**config, "image_size": 32, small: {**SEGFORMER, **WHISPER}[small]})
+    ).save_pretrained(tmp_path / "good")
+    ((code, _, said, peak, seconds),) = peaks.measured(
+        [["capture-onnx", tmp_path / "good", "-o", tmp_path / "good.onnx"]],
+        [["capture-onnx", tmp_path / "base", "-o", tmp_path / "m.onnx"]],
+    )
+    assert code == 1
+    assert f"{name} would compute " in said
+    assert peak < peaks.allowed(tmp_path / "base")
+    assert seconds < 20
+
+
+def test_the_largest_work_of_published_models_is_within_the_limit():
+    config = transformers.SegformerConfig(image_size=1024, num_labels=150)  # B0's sizes are the defaults
+    with torch.device("meta"):
+        model = transformers.SegformerForSemanticSegmentation(config)
+    kind = kind_of(model)
+    assert kind is not None
+    count, largest = work._work_of(model, kind, Path("none"))
+    stored = 2 * sum(values.numel() for values in model.parameters())
+    assert 0.4 < count / (work._SMALL_COUNT + work._COUNT_EACH * stored) < 1
+    assert 0.4 < largest / (work._SMALL_BYTES + work._BYTES_EACH * stored) < 1
 
 
 @pytest.mark.parametrize(("stated", "known"), [(20, 20), (2**31, None), (10**30, None)])

@@ -34,6 +34,7 @@ from lora_export.base.capture.loading import (
     refuse_lost,
 )
 from lora_export.base.capture.without_weights import Traced, graph_without_weights
+from lora_export.base.capture.work import refuse_much_work
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
 from lora_export.base.kinds import kind_of
@@ -201,7 +202,7 @@ def _prepare(model: Any, path: Path, dtype: str, kv_cache: bool) -> tuple[Traced
     _batch_experts(model)
     with torch.device(model.device):
         kind = _kind_of(model, path)
-        inputs = kind.example_inputs(model, path)
+        inputs = example_inputs(model, path)
         switch_cache(model, True)
         outputs = run_module(model, inputs)
         switch_cache(model, False)
@@ -315,9 +316,13 @@ def example_inputs(model: Any, path: Path) -> dict[str, Any]:
         path: Its folder.
 
     Raises:
-        CheckpointError: The model's kind of input is unknown, or the folder does not say what it is like.
+        CheckpointError: The model's kind of input is unknown, the folder does not say what it is like, or the
+            model would compute too much on it.
     """
-    return _kind_of(model, path).example_inputs(model, path)
+    kind = _kind_of(model, path)
+    inputs = kind.example_inputs(model, path)
+    refuse_much_work(model, kind, inputs, path)
+    return inputs
 
 
 def _kind_of(model: Any, path: Path) -> ModelKind:
