@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lora_export.errors import LoraExportError
 from lora_export.graph.data_identity import place_problem
-from lora_export.integrity.claims import SUMS, Claim, Description, description_of
+from lora_export.integrity.claims import SUMS, Claim, Description, description_of, is_named_as_sealed
 from lora_export.integrity.undescribed import files_in, matters
 from lora_export.storage.hashes import hash_file, identity_of, is_sampled
 from lora_export.storage.sums.full import file_digest
@@ -218,7 +218,8 @@ class _Check:
             self.progress(path.stat().st_size)
             wanted = seal.digest or "a hash, but its place is damaged"
             detail = "" if found == seal.digest else f"{seal.algorithm} {found}, wanted {wanted}"
-            state.add("changed" if detail else "ok", path.name, detail)
+            if detail or is_named_as_sealed(path):
+                state.add("changed" if detail else "ok", path.name, detail)
             is_broken = bool(detail)
         # A damaged graph is not read; a damaged list may still tell which files there are.
         description = None if is_broken and path.suffix == ".onnx" else description_of(path, given)

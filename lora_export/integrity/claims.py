@@ -28,6 +28,9 @@ SUMS = "SHA256SUMS"
 MANIFEST_SUFFIX, MANIFEST_NAME = ".lora.json", "lora.json"
 # Of a folder for TensorRT-Edge-LLM: it lists the weights, and they can't be loaded without it.
 _EDGE_LLM_CONFIG = "config.json"
+# Of `lora-export demo`; it lists all that the demo wrote.
+_DEMO_REPORT = "demo.json"
+_SEALED = frozenset({".onnx", ".onnx_adapter", ".safetensors"})
 _SUM = re.compile(r"([0-9a-f]{64})  ([^\n]+)")
 
 
@@ -130,6 +133,18 @@ def _sums(path: Path) -> Description:
 def _may_list(path: Path) -> bool:
     """Return whether a JSON file is a list of files by its seal, its name, or the engine beside it."""
     return find_seal(path) is not None or _is_manifest(path) or is_file(path.with_suffix(".engine"))
+
+
+def is_named_as_sealed(path: Path) -> bool:
+    """Return whether a sealed file has a name that sealed files are written with.
+
+    A seal tells that the file is as it was written, not where: a manifest under the name of a tokenizer is
+    none. What another file describes has the name that it says.
+    """
+    if path.suffix != ".json":
+        return path.suffix in _SEALED
+    ours = path.name == _EDGE_LLM_CONFIG and _is_ours(path.parent / EDGE_LLM_NAME)
+    return ours or path.name == _DEMO_REPORT or _is_manifest(path) or is_file(path.with_suffix(".engine"))
 
 
 def _is_manifest(path: Path) -> bool:

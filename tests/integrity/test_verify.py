@@ -609,6 +609,17 @@ def test_a_further_name_of_a_described_file_must_be_described(name, plain_set):
     assert [found.path for found in verify(plain_set).failures()] == [link]
 
 
+@pytest.mark.parametrize("source", ["m.onnx", "m.lora.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "generation_config.json", "config.json", "pytorch_model.bin", "x.plan"]
+)
+def test_a_seal_says_nothing_of_a_name(source, name, plain_set):
+    """A copy of a graph or a manifest under another file's name is sealed, but no file of the set."""
+    assert not verify(plain_set).failures()
+    (plain_set / name).write_bytes((plain_set / source).read_bytes())
+    assert [found.path for found in verify(plain_set).failures()] == [plain_set / name]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
 def test_a_description_that_lies_elsewhere(plain_set, tmp_path):
     elsewhere = manifest_of(tmp_path / "elsewhere", {"x": entry()}) / "lora.json"
