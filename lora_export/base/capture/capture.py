@@ -101,17 +101,11 @@ def capture_checkpoint(
         CheckpointError: The folder can't be loaded or lacks weights, its kind of input is unknown, it has no
             cache, or weights don't fit into the dtype.
         GraphError: torch.onnx can't export the model.
-        OutputError: The dtype is unknown.
+        OutputError: The dtype is unknown, or the options don't go together.
     """
-    if dtype not in DTYPES:
-        raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
+    _refuse_options(dtype, trace, fused)
     require("torch", "transformers", "onnxscript")
     path = Path(folder)
-    if fused and trace == "outline":
-        raise OutputError(
-            "attention as one node is tried with the model's weights, which an outline does not have",
-            "give --trace loaded, or omit --fused",
-        )
     tell_stage(f"capturing {path} (seconds for a small model, minutes for 1B)")
     opset = OPSET if fused else _BFLOAT16_OPSET if dtype == "bfloat16" else None
     weights: Weights | None = None
@@ -130,6 +124,16 @@ def capture_checkpoint(
     return output
 
 
+def _refuse_options(dtype: str, trace: Trace, fused: bool) -> None:
+    if dtype not in DTYPES:
+        raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
+    if fused and trace == "outline":
+        raise OutputError(
+            "attention as one node is tried with the model's weights, which an outline does not have",
+            "give --trace loaded, or omit --fused",
+        )
+
+
 def _loaded(
     path: Path,
     dtype: str,
@@ -140,11 +144,7 @@ def _loaded(
 ) -> tuple[ir.Model, Captured]:
     """Return the graph of a checkpoint's model with its weights in memory, and what it was captured from."""
     model, _ = load_model(path, dtype, replaced)
-    if fused:
-        _batch_experts(model)
-        switch_cache(model, False)
-        use_node(model, example_inputs(model, path), path)
-    traced, captured = _prepare(model, path, dtype, kv_cache)
+    traced, captured = _prepare(model, path, dtype, kv_cache, fused=fused)
     graph = trace_module(
         model,
         traced.inputs,
@@ -195,14 +195,19 @@ def _in_outline(
     return graph, described[-1], weights
 
 
-def _prepare(model: Any, path: Path, dtype: str, kv_cache: bool) -> tuple[Traced, Captured]:
-    """Run a model on example inputs, and have it read and return its cache if that is wanted."""
+def _prepare(
+    model: Any, path: Path, dtype: str, kv_cache: bool, *, fused: bool = False
+) -> tuple[Traced, Captured]:
+    """Run a model on example inputs; have it attend in one node, and read and return its cache, if wanted."""
     import torch
 
     _batch_experts(model)
     with torch.device(model.device):
         kind = _kind_of(model, path)
         inputs = example_inputs(model, path)
+        if fused:
+            switch_cache(model, False)
+            use_node(model, inputs, path)
         switch_cache(model, True)
         outputs = run_module(model, inputs)
         switch_cache(model, False)
