@@ -31,16 +31,21 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option(
     "--trace",
-    type=click.Choice(["loaded", "outline"]),
-    default="loaded",
+    type=click.Choice(["auto", "loaded", "outline"]),
+    default="auto",
     show_default=True,
-    help="How the graph is made: from the model with its weights, or from one layer of each kind without "
-    "weights, for models larger than memory.",
+    help="How the graph is made: from the model with its weights (loaded), or from one layer of each kind "
+    "without weights (outline), for models larger than memory; auto: in outline where that is possible.",
 )
 @click.option(
     "--fused",
     is_flag=True,
     help="Write attention, rotary embeddings and RMS norms as one node each (opset 23).",
+)
+@click.option(
+    "--no-twin",
+    is_flag=True,
+    help="Do not compare the graph of a small model like this one with PyTorch first.",
 )
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @click.option("--quiet", is_flag=True, help="Print no summary.")
@@ -49,8 +54,9 @@ def capture_onnx(
     output: Path,
     dtype: str,
     kv_cache: bool,
-    trace: Literal["loaded", "outline"],
+    trace: Literal["auto", "loaded", "outline"],
     fused: bool,
+    no_twin: bool,
     force: bool,
     quiet: bool,
 ) -> None:
@@ -67,6 +73,8 @@ def capture_onnx(
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.base.checkpoint.checkpoint import read_config
     from lora_export.base.checkpoint.own_code import code_notes
+    from lora_export.graph.onnx_file import load_graph
+    from lora_export.graph.proof import Proof
     from lora_export.modes import capture_onnx as mode
     from lora_export.progress import byte_progress
     from lora_export.reports.merge import size_text
@@ -80,10 +88,13 @@ def capture_onnx(
             kv_cache=kv_cache,
             trace=trace,
             fused=fused,
+            twin=not no_twin,
             force=force,
         )
     if not quiet:
         size = size_text(data.stat().st_size)
         print_lines([f"captured {checkpoint} in {time.monotonic() - started:.1f} s: {size} of weights"])
+        if proof := Proof.from_metadata(load_graph(graph).model.metadata_props):
+            print_lines([str(proof)])
         print_lines([f"wrote {graph}", f"wrote {data}"])
     print_lines([f"note: {note}" for note in code_notes(read_config(checkpoint))], err=True)

@@ -22,8 +22,9 @@ def capture_onnx(
     *,
     dtype: str = "float32",
     kv_cache: bool = False,
-    trace: Trace = "loaded",
+    trace: Trace = "auto",
     fused: bool = False,
+    twin: bool = True,
     force: bool = False,
 ) -> tuple[Path, Path]:
     """Write a Hugging Face checkpoint as ``output`` and ``output.data``.
@@ -34,8 +35,12 @@ def capture_onnx(
         dtype: Dtype of weights, inputs and outputs: ``float32``, ``float16`` or ``bfloat16``.
         kv_cache: Make keys and values of past tokens inputs and outputs; for decoders.
         trace: ``loaded`` traces the model with its weights; ``outline`` traces a layer of each kind without
-            weights, so that a model larger than memory can be captured.
+            weights, so that a model larger than memory can be captured; ``auto`` is ``outline`` wherever that
+            is possible.
         fused: Write attention, rotary embeddings and RMS norms as one node each (opset 23).
+        twin: Compare the graph with PyTorch in ONNX Runtime before it is written: that of a small model with
+            its own weights, that of a large one by a twin, a small random model that is captured in the same
+            way. The graph's metadata says what was compared.
         force: Replace existing output files.
 
     Returns:
@@ -56,13 +61,15 @@ def capture_onnx(
         # The folder is beside the output, so that gigabytes are renamed and not copied.
         scratch_folder(graph.parent) as scratch,
     ):
-        made = capture_checkpoint(
+        made = scratch / graph.name
+        capture_checkpoint(
             checkpoint,
-            scratch / graph.name,
+            made,
             dtype=dtype,
             kv_cache=kv_cache,
             trace=trace,
             fused=fused,
+            proven=twin,
         )
         made.with_name(data.name).replace(outputs.stage(data))
         made.replace(outputs.stage(graph))

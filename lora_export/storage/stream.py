@@ -268,7 +268,7 @@ class _Writer:
             return np.ascontiguousarray(rows).reshape(-1).view(piece.dtype_in)
         stored = buffers.take("stored", piece.dtype_in, block.size)
         start = piece.offset + (block.row * piece.shape[1] + block.col) * piece.dtype_in.itemsize
-        _read(self._source(piece.source), piece.source, stored.view(np.uint8).data, start)
+        read_into(self._source(piece.source), piece.source, stored.view(np.uint8).data, start)
         return stored
 
     def _put(self, piece: BytesPiece, start: int, length: int, _b: Buffers, _f: Findings) -> int:
@@ -294,7 +294,7 @@ class _Writer:
         while done < length:
             step = min(1 << 20, length - done)
             view = buffers.take("stored", np.dtype(np.uint8), step).data
-            _read(source, piece.source, view, piece.offset + start + done)
+            read_into(source, piece.source, view, piece.offset + start + done)
             done += self._write(view, piece.at + start + done)
         return length
 
@@ -319,7 +319,18 @@ class _Writer:
         return done
 
 
-def _read(handle: int, path: Path, view: memoryview, offset: int) -> None:
+def read_into(handle: int, path: Path, view: memoryview, offset: int) -> None:
+    """Fill a view with a file's bytes.
+
+    Args:
+        handle: The open file.
+        path: Its path, for messages.
+        view: What is filled.
+        offset: Of the first byte in the file.
+
+    Raises:
+        CheckpointError: The file ends before, or can't be read.
+    """
     done = 0
     while done < view.nbytes:
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +12,8 @@ from lora_export.adapter import Array
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.names import Part
 
+# Values that are read, cast and written at a time.
+_BLOCK = 1 << 20
 # All ones: infinite or NaN.
 _EXPONENTS = {ir.DataType.FLOAT16: 0x7C00, ir.DataType.BFLOAT16: 0x7F80}
 
@@ -34,25 +36,55 @@ class Weights:
 
     def attach(self, value: ir.Value, name: str) -> None:
         """Give a constant the values of a parameter."""
+        value.const_value = _Streamed(self, value, name)
+
+    def blocks(self, name: str, dtype: ir.DataType) -> Iterator[Array]:
+        """Yield a parameter's values in their order, in the graph's dtype, a block at a time."""
+        first, *others = self._parts[name]
+        if others or first.transposed or first.expert is not None:
+            found = np.ascontiguousarray(_joined(self._checkpoint, self._parts[name])).reshape(-1)
+            stored: Iterator[Array] = (
+                found[start : start + _BLOCK] for start in range(0, found.size, _BLOCK)
+            )
+        else:
+            stored = self._checkpoint.read_blocks(first.tensor, _BLOCK)
+        for block in stored:
+            yield self._cast(name, block, dtype)
+
+    def _cast(self, name: str, block: Array, dtype: ir.DataType) -> Array:
+        with np.errstate(over="ignore"):
+            cast: Array = block.astype(dtype.numpy(), copy=False)
+        if cast.itemsize == 2:
+            exponent = np.uint16(_EXPONENTS[dtype])
+            if ((cast.view(np.uint16) & exponent) == exponent).any():
+                is_nan = bool(np.isnan(block).any())
+                self.lost[name] = self.lost.get(name, False) or is_nan
+        return cast
+
+
+class _Streamed(ir.LazyTensor):
+    """A parameter that is written a block at a time, and in memory only where all of it is asked for."""
+
+    def __init__(self, weights: Weights, value: ir.Value, name: str) -> None:
         assert value.shape is not None
         assert value.dtype is not None
-        value.const_value = ir.LazyTensor(
-            lambda: ir.Tensor(self._read(name, value), name=value.name),
-            dtype=value.dtype,
-            shape=value.shape,
-            name=value.name,
-        )
+        shape, dtype = value.shape.numpy(), value.dtype
+        self._weights, self._of = weights, name
 
-    def _read(self, name: str, value: ir.Value) -> Array:
-        assert value.dtype is not None
-        found = _joined(self._checkpoint, self._parts[name])
-        with np.errstate(over="ignore"):
-            cast = np.ascontiguousarray(found).astype(value.dtype.numpy(), copy=False)
-        if cast.itemsize == 2:
-            exponent = np.uint16(_EXPONENTS[value.dtype])
-            if ((cast.view(np.uint16) & exponent) == exponent).any():
-                self.lost[name] = bool(np.isnan(found).any())
-        return cast
+        def whole() -> ir.TensorProtocol:
+            found = np.empty(shape, dtype.numpy())
+            flat, at = found.reshape(-1), 0
+            for block in weights.blocks(name, dtype):
+                flat[at : at + block.size] = block
+                at += block.size
+            return ir.Tensor(found, name=value.name)
+
+        super().__init__(whole, dtype=dtype, shape=ir.Shape(shape), name=value.name)
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write the values."""
+        for block in self._weights.blocks(self._of, self.dtype):
+            file.write(block.view(np.uint8).data)
 
 
 def shape_of_parts(checkpoint: Checkpoint, parts: Sequence[Part]) -> tuple[int, ...]:

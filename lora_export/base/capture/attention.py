@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.base.capture.export import first_line, named_tensors, quiet, run_module
+from lora_export.base.capture.gap import padded
 from lora_export.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ _NOT_TAKEN = ("s_aux", "head_mask", "cache")
 def use_node(model: Any, inputs: Mapping[str, Any], path: Path) -> None:
     """Switch a model's attention to the operator, once it computes the same with it.
 
-    It is compared on the inputs, and on the same with padding on the left and on the right.
+    It is compared on the inputs, and on the same with padding on the left and on the right. A model on the
+    meta device computes nothing to compare: its graph has to be.
 
     Args:
         model: A transformers model, as it was loaded.
@@ -44,7 +46,7 @@ def use_node(model: Any, inputs: Mapping[str, Any], path: Path) -> None:
             does, or computes something else with it.
     """
     kind = type(model).__name__
-    trials = [inputs, *_padded(inputs)]
+    trials = [inputs, *padded(inputs)]
     wanted = [named_tensors(run_module(model, trial)) for trial in trials]
     calls: list[str] = []
     _register(calls)
@@ -59,6 +61,8 @@ def use_node(model: Any, inputs: Mapping[str, Any], path: Path) -> None:
         ) from error
     if not calls:
         raise CheckpointError(f"{path}: {kind} does not attend through transformers' interface", _OMIT)
+    if model.device.type == "meta":
+        return
     for trial, before, after in zip(trials, wanted, got, strict=True):
         gap, output = max((_gap(before[name], after[name], trial), name) for name in before)
         limit = _HALVES_DIFFERENCE if model.dtype.itemsize == 2 else _DIFFERENCE
@@ -122,19 +126,6 @@ def _attend(
     )
     answer: torch.Tensor = found[0].transpose(1, 2).contiguous()
     return answer
-
-
-def _padded(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the inputs with padding in the first row, on the left and on the right; none without a mask."""
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return []
-    found = []
-    for side in (slice(0, 2), slice(-2, None)):
-        padded = mask.clone()
-        padded[0, side] = 0
-        found.append({**inputs, "attention_mask": padded})
-    return found
 
 
 def _gap(wanted: torch.Tensor, got: torch.Tensor, inputs: Mapping[str, Any]) -> float:

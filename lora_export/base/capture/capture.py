@@ -5,49 +5,35 @@ The graph says in its metadata what it was captured from, see `lora_export.graph
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_export.base.capture.attach import Weights
-from lora_export.base.capture.attention import OPSET, use_node
-from lora_export.base.capture.cache import name_total, switch_cache, with_cache
+from lora_export.base.capture.attention import OPSET
+from lora_export.base.capture.cache import name_total
 from lora_export.base.capture.export import (
     finish,
     first_line,
-    named_tensors,
-    quiet,
     require,
     run_module,
     tensor_names,
     trace_module,
 )
 from lora_export.base.capture.fuse import fuse_nodes
-from lora_export.base.capture.loading import (
-    EXPORT_YOURSELF,
-    Loading,
-    attention_of,
-    load_model,
-    look_at,
-    refuse_lost,
-)
-from lora_export.base.capture.without_weights import Traced, graph_without_weights
-from lora_export.base.capture.work import refuse_much_work
+from lora_export.base.capture.loading import Loading, attention_of, load_model, look_at, refuse_lost
+from lora_export.base.capture.prepared import Traced, prepare
+from lora_export.base.capture.prove import is_own_twin, not_proven, prove_by_twin, prove_model
+from lora_export.base.capture.without_weights import graph_without_weights
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
-from lora_export.base.kinds import kind_of
 from lora_export.errors import CheckpointError, OutputError
-from lora_export.graph.captured import (
-    DTYPES,
-    PAST_SEQUENCE,
-    SEQUENCE,
-    TOTAL_SEQUENCE,
-    Captured,
-)
+from lora_export.graph.captured import DTYPES, Captured
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.onnx_file import save_graph
+from lora_export.graph.proof import Proof
 from lora_export.progress import tell_stage
 from lora_export.storage.hashes import hash_written
 from lora_export.untrusted.places import is_file
@@ -56,10 +42,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-    from lora_export.base.kinds.model_kind import ModelKind
 
-Trace = Literal["loaded", "outline"]
-TRACES: tuple[Trace, ...] = ("loaded", "outline")
+Trace = Literal["auto", "loaded", "outline"]
+TRACES: tuple[Trace, ...] = ("auto", "loaded", "outline")
 # The first opset in which Conv and pooling take bfloat16.
 _BFLOAT16_OPSET = 22
 # Smaller constants stay in the protobuf.
@@ -73,9 +58,10 @@ def capture_checkpoint(
     dtype: str = "float32",
     kv_cache: bool = False,
     replaced: Collection[str] = (),
-    trace: Trace = "loaded",
+    trace: Trace = "auto",
     fused: bool = False,
-) -> Path:
+    proven: bool = True,
+) -> Proof:
     """Write the graph of a checkpoint folder, with dynamic batch and sequence axes.
 
     The model class is the one named in the config's ``architectures``.
@@ -89,90 +75,138 @@ def capture_checkpoint(
         replaced: Parameters that are replaced afterwards; the checkpoint may lack them.
         trace: ``loaded``: the model with its weights is traced. ``outline``: the first and the last layer of
             each kind are traced without weights and copied for the others; weights are read as they are
-            written, so that the model is never in memory. The graph computes the same.
+            written, so that the model is never in memory. The graph computes the same. ``auto``: in outline,
+            and loaded where that can't be.
         fused: Write attention, rotary embeddings and RMS norms as one node each (opset 23), which runtimes
             compute with kernels of their own.
+        proven: Compare the graph with PyTorch in ONNX Runtime: a small model's own, a large model's by a
+            twin, which is captured in the same way. The graph's metadata says so (`lora_export.graph.proof`).
 
     Returns:
-        ``output``.
+        What was compared.
 
     Raises:
         BackendUnavailable: torch, transformers or onnxscript is missing.
         CheckpointError: The folder can't be loaded or lacks weights, its kind of input is unknown, it has no
             cache, or weights don't fit into the dtype.
-        GraphError: torch.onnx can't export the model.
-        OutputError: The dtype is unknown, or the options don't go together.
+        GraphError: torch.onnx can't export the model, or the graph computes something else.
+        OutputError: The dtype is unknown.
     """
-    _refuse_options(dtype, trace, fused)
+    if dtype not in DTYPES:
+        raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
     require("torch", "transformers", "onnxscript")
     path = Path(folder)
+    way = Way(dtype=dtype, kv_cache=kv_cache, replaced=tuple(replaced), fused=fused)
     tell_stage(f"capturing {path} (seconds for a small model, minutes for 1B)")
-    opset = OPSET if fused else _BFLOAT16_OPSET if dtype == "bfloat16" else None
-    weights: Weights | None = None
-    if trace == "outline":
-        graph, captured, weights = _in_outline(path, look_at(path), dtype, kv_cache=kv_cache, opset=opset)
-    else:
-        graph, captured = _loaded(path, dtype, replaced, kv_cache=kv_cache, opset=opset, fused=fused)
-    if kv_cache:
+    loading = look_at(path)
+    if trace == "loaded" or (trace == "auto" and replaced):
+        return _write(path, output, loading, way, proven=proven)
+    try:
+        return _write(path, output, loading, replace(way, in_outline=True), proven=proven)
+    except CannotOutline as error:
+        if trace == "outline":
+            raise CheckpointError(error.message, "give --trace loaded") from error
+        tell_stage(f"{error.message}: loading it")
+    return _write(path, output, look_at(path), way, proven=proven)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a folder is captured.
+
+    Attributes:
+        dtype: As for `capture_checkpoint`.
+        kv_cache: As for `capture_checkpoint`.
+        fused: As for `capture_checkpoint`.
+        replaced: As for `capture_checkpoint`.
+        in_outline: Trace without weights.
+    """
+
+    dtype: str
+    kv_cache: bool
+    fused: bool
+    replaced: tuple[str, ...] = ()
+    in_outline: bool = False
+
+    @property
+    def opset(self) -> int | None:
+        """Version of ONNX's operators; None for the exporter's own choice."""
+        return OPSET if self.fused else _BFLOAT16_OPSET if self.dtype == "bfloat16" else None
+
+
+class CannotOutline(Exception):
+    """A model can't be traced without its weights."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+def _write(path: Path, output: Path, loading: Loading, way: Way, proven: bool) -> Proof:
+    """Write a folder's graph, proven."""
+
+    def capture(folder: Path, graph: Path, dtype: str) -> None:
+        own = replace(way, dtype=dtype, replaced=())
+        _write(folder, graph, look_at(folder), own, proven=False)
+
+    proof = not_proven(proven)
+    is_own = is_own_twin(path, way.dtype) and not way.replaced
+    if proof is None and not is_own:
+        proof = prove_by_twin(path, loading, way.dtype, output.parent, capture)
+        if way.fused and way.in_outline and proof.of == "nothing":
+            raise CannotOutline(f"{path} is traced with its weights, because {proof.reason}")
+    graph, captured, weights = _graph_of(path, loading, way)
+    if way.kv_cache:
         name_total(graph)
     graph.metadata_props.update(captured.to_metadata())
     if before := entries_before(history_of(path / MANIFEST)):
         graph.metadata_props[CAPTURED_KEY] = before
-    _save(graph, output)
+    graph = _save(graph, output)
     if weights is not None:
-        refuse_lost(weights.lost, path, dtype)
-    return output
+        refuse_lost(weights.lost, path, way.dtype)
+    if proof is None:
+        proof = prove_model(output, path, way.dtype)
+    graph.metadata_props.update(proof.to_metadata())
+    save_graph(graph, output)
+    return proof
 
 
-def _refuse_options(dtype: str, trace: Trace, fused: bool) -> None:
-    if dtype not in DTYPES:
-        raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
-    if fused and trace == "outline":
-        raise OutputError(
-            "attention as one node is tried with the model's weights, which an outline does not have",
-            "give --trace loaded, or omit --fused",
-        )
+def _graph_of(path: Path, loading: Loading, way: Way) -> tuple[ir.Model, Captured, Weights | None]:
+    if way.in_outline:
+        return _in_outline(path, loading, way)
+    return (*_loaded(path, way), None)
 
 
-def _loaded(
-    path: Path,
-    dtype: str,
-    replaced: Collection[str],
-    kv_cache: bool,
-    opset: int | None,
-    fused: bool,
-) -> tuple[ir.Model, Captured]:
+def _loaded(path: Path, way: Way) -> tuple[ir.Model, Captured]:
     """Return the graph of a checkpoint's model with its weights in memory, and what it was captured from."""
-    model, _ = load_model(path, dtype, replaced)
-    traced, captured = _prepare(model, path, dtype, kv_cache, fused=fused)
+    model, _ = load_model(path, way.dtype, way.replaced)
+    traced, captured = prepare(model, path, way.dtype, way.kv_cache, fused=way.fused)
     graph = trace_module(
         model,
         traced.inputs,
         traced.shapes,
         traced.output_names,
         input_names=traced.input_names,
-        opset=opset,
+        opset=way.opset,
     )
     graph = finish(graph)
-    if fused:
+    if way.fused:
         fuse_nodes(graph)
     return graph, captured
 
 
-def _in_outline(
-    path: Path, loading: Loading, dtype: str, kv_cache: bool, opset: int | None
-) -> tuple[ir.Model, Captured, Weights]:
+def _in_outline(path: Path, loading: Loading, way: Way) -> tuple[ir.Model, Captured, Weights]:
     """Return a checkpoint's graph, what it was captured from, and the weights, read when it is saved.
 
     Raises:
-        CheckpointError: The model can't be traced without its weights.
+        CannotOutline: The model can't be traced without its weights.
     """
     import torch
 
     described: list[Captured] = []
 
-    def prepare(model: Any) -> Traced:
-        traced, captured = _prepare(model, path, dtype, kv_cache)
+    def prepared(model: Any) -> Traced:
+        traced, captured = prepare(model, path, way.dtype, way.kv_cache, fused=way.fused)
         described.append(captured)
         return traced
 
@@ -181,71 +215,17 @@ def _in_outline(
             path,
             loading.kind,
             loading.config,
-            dtype=getattr(torch, dtype),
+            dtype=getattr(torch, way.dtype),
             attention=attention_of(loading.config),
-            prepare=prepare,
-            opset=opset,
+            prepare=prepared,
+            opset=way.opset,
+            fused=way.fused,
         )
     except CheckpointError:
         raise
     except Exception as error:  # also of transformers, torch and onnxscript, without values to work with
-        raise CheckpointError(
-            f"{path} can't be traced without its weights: {first_line(error)}", "give --trace loaded"
-        ) from error
+        raise CannotOutline(f"{path} can't be traced without its weights: {first_line(error)}") from error
     return graph, described[-1], weights
-
-
-def _prepare(
-    model: Any, path: Path, dtype: str, kv_cache: bool, *, fused: bool = False
-) -> tuple[Traced, Captured]:
-    """Run a model on example inputs; have it attend in one node, and read and return its cache, if wanted."""
-    import torch
-
-    _batch_experts(model)
-    with torch.device(model.device):
-        kind = _kind_of(model, path)
-        inputs = example_inputs(model, path)
-        if fused:
-            switch_cache(model, False)
-            use_node(model, inputs, path)
-        switch_cache(model, True)
-        outputs = run_module(model, inputs)
-        switch_cache(model, False)
-        captured = _describe(model, kind, outputs, dtype=dtype, kv_cache=kv_cache)
-        if not kv_cache:
-            shapes = {name: _dynamic(kind, name, captured.smallest) for name in inputs}
-            return Traced(inputs=inputs, shapes=shapes, output_names=_only_tensors(model, outputs)), captured
-        made = with_cache(model, inputs, outputs, str(path))
-    traced = Traced(
-        inputs=made.inputs,
-        shapes=made.shapes,
-        output_names=made.output_names,
-        input_names=made.input_names,
-        has_cache=True,
-    )
-    return traced, captured
-
-
-def _only_tensors(model: Any, outputs: Any) -> list[str] | None:
-    """Return the names of the outputs that are tensors, and have the model return only these.
-
-    The exporter would take others apart (an output of each of CLIP's towers) or fail on them (a cache).
-    """
-    names = tensor_names(outputs)
-    if names is None or all(
-        value is None or hasattr(value, "shape") or isinstance(value, tuple | list)
-        for value in outputs.values()
-    ):
-        return names
-    forward = model.forward
-
-    # With the parameters of the model's own, by which the exporter calls it.
-    @functools.wraps(forward)
-    def tensors(*given: Any, **named: Any) -> dict[str, torch.Tensor]:
-        return named_tensors(forward(*given, **named))
-
-    model.forward = tensors
-    return names
 
 
 def capture_module(
@@ -271,10 +251,12 @@ def capture_module(
     """
     require("torch", "onnxscript")
     names = tensor_names(run_module(module, example_inputs))
-    return _save(finish(trace_module(module, example_inputs, dynamic_shapes, names)), output)
+    _save(finish(trace_module(module, example_inputs, dynamic_shapes, names)), output)
+    return output
 
 
-def _save(graph: ir.Model, output: Path) -> Path:
+def _save(graph: ir.Model, output: Path) -> ir.Model:
+    """Write a graph and its data; return it with the data outside."""
     from onnx_ir.external_data import unload_from_model
 
     tell_stage("writing the graph as it was traced")
@@ -283,65 +265,4 @@ def _save(graph: ir.Model, output: Path) -> Path:
     if is_file(data):
         mark_data(graph, {data.name: hash_written(data, data.name)})
     save_graph(graph, output)
-    return output
-
-
-def _describe(
-    model: Any, kind: ModelKind, outputs: Mapping[str, Any], dtype: str, kv_cache: bool
-) -> Captured:
-    largest = kind.largest(model)
-    if kv_cache and SEQUENCE in largest:
-        largest |= dict.fromkeys((PAST_SEQUENCE, TOTAL_SEQUENCE), largest[SEQUENCE])
-    return Captured(
-        kind=kind.word(outputs),
-        kv_cache=kv_cache,
-        dtype=dtype,
-        vocab_size=kind.vocab_size(model),
-        largest=largest,
-        smallest=kind.smallest(model),
-    )
-
-
-def _batch_experts(model: Any) -> None:
-    """Make a mixture of experts multiply with each token's own experts, for which ONNX has operators.
-
-    transformers 5's default groups the tokens by expert (``torch._grouped_mm``), and its loop over the
-    experts depends on the values; neither can be exported. The sums are the same.
-    """
-    if hasattr(model, "set_experts_implementation"):
-        with quiet():
-            model.set_experts_implementation("batched_mm")
-
-
-def example_inputs(model: Any, path: Path) -> dict[str, Any]:
-    """Return inputs that a model runs with.
-
-    Args:
-        model: A transformers model.
-        path: Its folder.
-
-    Raises:
-        CheckpointError: The model's kind of input is unknown, the folder does not say what it is like, or the
-            model would compute too much on it.
-    """
-    kind = _kind_of(model, path)
-    inputs = kind.example_inputs(model, path)
-    refuse_much_work(model, kind, inputs, path)
-    return inputs
-
-
-def _kind_of(model: Any, path: Path) -> ModelKind:
-    if kind := kind_of(model):
-        return kind
-    raise CheckpointError(
-        f"{path}: no example inputs are known for a model that reads {model.main_input_name!r}",
-        EXPORT_YOURSELF,
-    )
-
-
-def _dynamic(kind: ModelKind, name: str, smallest: Mapping[str, int]) -> dict[int, Any]:
-    import torch
-
-    return {
-        axis: torch.export.Dim(dim, min=smallest.get(dim, 0) or None) for axis, dim in kind.axes(name).items()
-    }
+    return graph

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.base.capture.attach import Weights, shape_of_parts
 from lora_export.base.capture.export import quiet, share, simplify, trace_module
+from lora_export.base.capture.fuse import fuse_nodes
 from lora_export.base.capture.outline import Stack, build_outline, cut, find_stacks
+from lora_export.base.capture.prepared import Traced
 from lora_export.base.capture.stamp import CannotStamp, stamp
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.names import Part, loaded_parts
@@ -28,25 +29,6 @@ if TYPE_CHECKING:
 
 # Numbers that become each other by rounding.
 _CODES = frozenset({"F64", "F32", "F16", "BF16"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traced:
-    """Inputs, outputs and sizes with which a model is traced.
-
-    Attributes:
-        inputs: Example inputs.
-        shapes: Their dynamic dimensions.
-        output_names: Of the graph.
-        input_names: Of the graph; None: as the parameters of ``forward``.
-        has_cache: True if the key-value cache is among them.
-    """
-
-    inputs: Mapping[str, Any]
-    shapes: Mapping[str, Any]
-    output_names: list[str] | None
-    input_names: list[str] | None = None
-    has_cache: bool = False
 
 
 # Runs a model on the meta device and says how it is traced.
@@ -62,6 +44,7 @@ def graph_without_weights(
     attention: str | None,
     prepare: Prepare,
     opset: int | None,
+    fused: bool,
 ) -> tuple[ir.Model, Weights]:
     """Return the graph of a checkpoint's model, and its weights, which are read when it is saved.
 
@@ -73,6 +56,7 @@ def graph_without_weights(
         attention: Implementation of attention; None: transformers' choice.
         prepare: Looks at the cut model.
         opset: See `export.trace_module`.
+        fused: Fuse what `fuse.fuse_nodes` takes.
 
     Raises:
         CannotStamp: The model has to be loaded.
@@ -95,6 +79,8 @@ def graph_without_weights(
     _strip(graph.graph, frozenset(model.state_dict()), _as_cut(buffers, stacks))
     tell_stage("simplifying and copying the layers")
     simplify(graph)
+    if fused:
+        fuse_nodes(graph)
     for stack in stacks:
         stamp(graph.graph, stack, traced.has_cache)
     lacking = {name for name, value in graph.graph.initializers.items() if value.const_value is None}

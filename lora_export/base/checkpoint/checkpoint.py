@@ -5,7 +5,7 @@ Only headers are read, and checked by `lora_export.storage.safetensors` before a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lora_export.base.checkpoint.weight_files import find_weights, read_object
 from lora_export.errors import CheckpointError
 from lora_export.storage.inputs import note_inputs, refuse_changed_inputs
 from lora_export.storage.safetensors import DTYPES, FileHeader, HeaderError, StoredTensor, read_file_header
+from lora_export.storage.stream import read_into
 from lora_export.untrusted.links import refuse_links
 from lora_export.untrusted.places import exists, is_file, is_folder, listed
 
@@ -97,13 +98,7 @@ class Checkpoint:
             CheckpointError: The tensor doesn't exist, numpy has no dtype for it, or its file was cut short.
             InputChangedError: The file was replaced or written to since it was opened.
         """
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            raise CheckpointError(f"{self.folder} has no tensor '{name}'", "see `lora-export inspect`")
-        if tensor.code not in DTYPES:
-            raise CheckpointError(
-                f"tensor '{name}' has the dtype {tensor.code}", "only copying it is possible"
-            )
+        tensor = self._readable(name)
         dtype = DTYPES[tensor.code]
         if tensor.length == 0:
             return np.zeros(tensor.shape, dtype)
@@ -117,6 +112,36 @@ class Checkpoint:
                 "run it again when nobody writes the base",
             ) from error
         return raw.view(np.ndarray).view(dtype).reshape(tensor.shape)
+
+    def read_blocks(self, name: str, size: int) -> Iterator[Array]:
+        """Yield a tensor's values in their order, flat, ``size`` or fewer at a time, in one reused buffer.
+
+        Raises:
+            CheckpointError: As `read`.
+            InputChangedError: The file was replaced or written to since it was opened.
+        """
+        tensor = self._readable(name)
+        dtype = DTYPES[tensor.code]
+        buffer = np.empty(min(size, tensor.length // dtype.itemsize), dtype)
+        with tensor.file.open("rb") as file:
+            for start in range(tensor.offset, tensor.end, max(1, buffer.nbytes)):
+                values = buffer[: (tensor.end - start) // dtype.itemsize]
+                try:
+                    read_into(file.fileno(), tensor.file, values.view(np.uint8).data, start)
+                except CheckpointError:
+                    refuse_changed_inputs()
+                    raise
+                yield values
+
+    def _readable(self, name: str) -> StoredTensor:
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self.folder} has no tensor '{name}'", "see `lora-export inspect`")
+        if tensor.code not in DTYPES:
+            raise CheckpointError(
+                f"tensor '{name}' has the dtype {tensor.code}", "only copying it is possible"
+            )
+        return tensor
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.adapter import Adapter, Array
 from lora_export.base.capture.cache import switch_cache
-from lora_export.base.capture.capture import example_inputs
 from lora_export.base.capture.export import first_line, named_tensors, quiet, require
 from lora_export.base.capture.loading import load_model
+from lora_export.base.capture.prepared import example_inputs
 from lora_export.errors import AdapterError, BackendError
 from lora_export.runtimes.torch.float64 import in_float64
 from lora_export.runtimes.torch.hooks import Bound, applied, bind

@@ -1,0 +1,260 @@
+"""Prove a captured graph: ONNX Runtime computes with it what PyTorch computes with the model.
+
+What is compared depends on the graph's inputs, not on the kind of model:
+
+* the example that the model was traced with, and the same one row and one token (sample, …) longer;
+* with a mask: padding on the left and on the right;
+* with a cache: a prompt with rows of different lengths, and steps behind it that go on with the cache.
+
+The limit is 2e-6 of the largest expected value (in 16 bits, four units of their precision), or four times
+what PyTorch's own answers are away from those of the same weights in float64, whichever is larger.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_export.base.capture.export import first_line, named_tensors, run_module
+from lora_export.errors import GraphError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+    import torch
+
+    from lora_export.base.kinds.model_kind import ModelKind
+
+# Relative to the largest expected value; in 16 bits, in units of their precision.
+_EXACT, _EXACT_HALVES, _OWN = 2e-6, 4, 4
+# As many times as much, where there is no answer in float64 to measure PyTorch's own error with.
+_WITHOUT_OWN = 5
+# Tokens of the steps behind a prompt.
+_STEPS = (1, 2, 1)
+_PAST, _PRESENT = "past_key_values.", "present."
+
+Feeds = Mapping[str, Any]
+Answers = Sequence[Mapping[str, "torch.Tensor"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """How far a graph's answers are from PyTorch's.
+
+    Attributes:
+        error: Largest difference, relative to the largest expected value of the output.
+        limit: Largest one that rounding explains.
+        output: Of which output and run it is.
+        runs: Number of runs.
+    """
+
+    error: float
+    limit: float
+    output: str
+    runs: int
+
+    def refuse_large(self, whose: str) -> None:
+        """Raise `GraphError` if the error is above the limit.
+
+        Args:
+            whose: What was compared, for the message.
+        """
+        if not self.error <= self.limit:
+            raise GraphError(
+                f"the graph of {whose} answers otherwise than PyTorch: a relative difference of "
+                f"{self.error:.2g} in {self.output}, at most {self.limit:.2g} wanted; nothing is written",
+                "give --trace loaded, omit --fused, or export the model yourself and go on with that .onnx; "
+                "please report the model's config",
+            )
+
+
+def measure_gap(graph: Path, model: Any, kind: ModelKind, example: Feeds) -> Gap:
+    """Compare a graph with the model that it is of.
+
+    Args:
+        graph: The file, with the model's weights.
+        model: The model as transformers loads it; it is in float64 afterwards.
+        kind: Its kind.
+        example: Inputs that it runs with.
+
+    Raises:
+        GraphError: ONNX Runtime can't run the graph, or it has none of the model's outputs.
+    """
+    import torch
+
+    session = _opened(graph)
+    has_cache = any(port.name.startswith(_PAST) for port in session.get_inputs())
+    runs = list(_cached_runs(model, example) if has_cache else _plain_runs(kind, example))
+    answers = [_of_module(model, runs, has_cache), _of_graph(session, runs)]
+    is_half = model.dtype.itemsize == 2
+    exact = _EXACT_HALVES * torch.finfo(model.dtype).eps if is_half else _EXACT
+    try:
+        answers.append(_of_module(model.double(), [_doubled(run) for run in runs], has_cache))
+    except Exception:  # of the model's own code, some of which computes in one dtype only
+        answers.append([])
+    return _worst(runs, *answers, least=exact)
+
+
+def _worst(runs: Sequence[Feeds], expected: Answers, actual: Answers, exact: Answers, *, least: float) -> Gap:
+    """Return the gap that is largest in its limit."""
+    worst: Gap | None = None
+    for number, (run, want, got) in enumerate(zip(runs, expected, actual, strict=True)):
+        for name in want.keys() & got.keys():
+            wanted = _seen(want[name], run)
+            if not wanted.is_floating_point():
+                continue
+            error = _distance(_seen(got[name], run), wanted)
+            limit = _WITHOUT_OWN * least
+            if exact:
+                limit = max(least, _OWN * _distance(wanted, _seen(exact[number][name], run)))
+            gap = Gap(error=error, limit=limit, output=f"{name} of run {number + 1}", runs=len(runs))
+            if worst is None or not error / limit <= worst.error / worst.limit:
+                worst = gap
+    if worst is None:
+        raise GraphError("the graph has none of the model's outputs", "please report it")
+    return worst
+
+
+def _opened(graph: Path) -> ort.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    # One order of adding up, so that the error is the same on every machine of a kind.
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises classes of its own
+        raise GraphError(
+            f"ONNX Runtime can't load the graph: {first_line(error)}", "please report it"
+        ) from error
+
+
+def _plain_runs(kind: ModelKind, example: Feeds) -> Iterator[dict[str, Any]]:
+    """Yield the example, it with each free axis one longer, and it with padding on the left and right."""
+    yield dict(example)
+    longer = {}
+    for name, values in example.items():
+        for axis in kind.axes(name):
+            size = values.shape[axis]
+            values = values.index_select(axis, _counted(size + 1, values) % size)
+        longer[name] = values
+    yield longer
+    yield from padded(example)
+
+
+def padded(inputs: Feeds) -> list[dict[str, Any]]:
+    """Return the inputs with padding in the first row, on the left and on the right; none without a mask."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return []
+    found = []
+    for side in (slice(0, 2), slice(-2, None)):
+        one = mask.clone()
+        one[0, side] = 0
+        found.append({**inputs, "attention_mask": one})
+    return found
+
+
+def _cached_runs(model: Any, example: Feeds) -> Iterator[dict[str, Any]]:
+    """Yield a prompt of three rows, one padded on the left and one on the right, and what comes behind it."""
+    import torch
+
+    ids = example["input_ids"]
+    ids = torch.cat([ids, ids[:1].flip(1)])
+    mask = torch.ones_like(ids)
+    mask[1, :3], mask[2, -2:] = 0, 0
+    has_positions = "position_ids" in inspect.signature(model.forward).parameters
+    yield _step(ids, mask, has_positions)
+    for tokens in _STEPS:
+        mask = torch.cat([mask, mask.new_ones(len(mask), tokens)], 1)
+        yield _step(ids[:, 1 : 1 + tokens], mask, has_positions)
+
+
+def _step(ids: torch.Tensor, mask: torch.Tensor, has_positions: bool) -> dict[str, Any]:
+    step = {"input_ids": ids, "attention_mask": mask}
+    if has_positions:
+        step["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    return step
+
+
+def _of_module(model: Any, runs: Sequence[Feeds], has_cache: bool) -> Answers:
+    """Return what PyTorch answers; with a cache each run goes on behind the one before it."""
+    found, state = [], None
+    for run in runs:
+        more = {"past_key_values": state, "use_cache": True} if has_cache else {}
+        outputs = run_module(model, {**run, **more})
+        state = outputs.get("past_key_values")
+        found.append({name: value.detach() for name, value in named_tensors(outputs).items()})
+    return found
+
+
+def _of_graph(session: ort.InferenceSession, runs: Sequence[Feeds]) -> Answers:
+    """Return what ONNX Runtime answers; with a cache each run goes on behind the one before it."""
+    import torch
+
+    names = [port.name for port in session.get_outputs()]
+    found: list[dict[str, torch.Tensor]] = []
+    state: dict[str, Any] = {}
+    for run in runs:
+        feeds = {}
+        for port in session.get_inputs():
+            if port.name in run:
+                feeds[port.name] = run[port.name].numpy()
+            elif port.name.startswith(_PAST):
+                feeds[port.name] = state.get(port.name, _empty(port, len(run["input_ids"])))
+        try:
+            answers = dict(zip(names, session.run(names, feeds), strict=True))
+        except Exception as error:  # onnxruntime raises classes of its own
+            raise GraphError(
+                f"ONNX Runtime can't run the graph: {first_line(error)}", "please report it"
+            ) from error
+        state = {
+            name.replace(_PRESENT, _PAST): value
+            for name, value in answers.items()
+            if name.startswith(_PRESENT)
+        }
+        found.append({name: torch.from_numpy(value) for name, value in answers.items()})
+    return found
+
+
+def _empty(port: Any, rows: int) -> np.ndarray:
+    """Return a cache of no tokens."""
+    dtype = np.float16 if "float16" in port.type else np.float32
+    return np.zeros([rows, port.shape[1], 0, port.shape[3]], dtype)
+
+
+def _doubled(run: Feeds) -> dict[str, Any]:
+    return {name: value.double() if value.is_floating_point() else value for name, value in run.items()}
+
+
+def _counted(size: int, like: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.arange(size, device=like.device)
+
+
+def _seen(values: torch.Tensor, run: Feeds) -> torch.Tensor:
+    """Return an output without its padded tokens: nobody reads them."""
+    mask, ids = run.get("attention_mask"), run.get("input_ids")
+    if mask is not None and ids is not None and values.shape[:2] == ids.shape:
+        return values[mask[:, -ids.shape[1] :].bool()]
+    return values
+
+
+def _distance(values: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return the largest difference relative to the largest wanted value; infinite where there is a NaN."""
+    if values.shape != wanted.shape:
+        return float("inf")
+    if not wanted.numel():
+        return 0.0
+    exact, given = wanted.double(), values.double()
+    # What is infinite or NaN in both is the same.
+    is_same = (given == exact) | (given.isnan() & exact.isnan())
+    gap = (given - exact).masked_fill(is_same, 0.0).abs().max()
+    largest = exact.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp_min(1e-30)
+    return float("inf") if gap.isnan() else float(gap / largest)

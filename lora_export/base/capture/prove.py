@@ -1,0 +1,109 @@
+"""Prove a capture: the graph of a small model by the model itself, that of a large one by a twin's.
+
+The twin goes the whole way: its folder is captured as the model's is, with the same options, before anything
+of the model is written.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_export.base.capture.export import first_line, quiet
+from lora_export.base.capture.gap import Gap, measure_gap
+from lora_export.base.capture.loading import Loading, load_model
+from lora_export.base.capture.outline import build_outline, find_stacks
+from lora_export.base.capture.prepared import example_inputs, known_kind
+from lora_export.base.capture.twin import save_twin, small_config
+from lora_export.base.checkpoint.module_counts import weights_bytes
+from lora_export.graph.proof import Proof
+from lora_export.progress import tell_stage
+from lora_export.storage.commit.leftovers import scratch_folder
+
+if TYPE_CHECKING:
+    from lora_export.base.capture.outline import Stack
+
+# Weights of a model that is compared itself: with twice as much for float64 it still fits everywhere.
+_OWN_BYTES = 64 << 20
+# Captures a folder as a graph, in a dtype.
+Capture = Callable[[Path, Path, str], object]
+
+
+def not_proven(wanted: bool) -> Proof | None:
+    """Return why no capture can be proven here; None if one can."""
+    if not wanted:
+        return Proof(of="nothing", reason="it was not asked for")
+    if find_spec("onnxruntime") is None:
+        return Proof(of="nothing", reason="onnxruntime is not installed")
+    return None
+
+
+def is_own_twin(folder: Path, dtype: str) -> bool:
+    """Return whether a model is small enough to be compared itself, in a dtype that can be run."""
+    return dtype != "bfloat16" and weights_bytes(folder) <= _OWN_BYTES
+
+
+def prove_model(graph: Path, folder: Path, dtype: str) -> Proof:
+    """Compare a model's graph with the model.
+
+    Args:
+        graph: The file that was written.
+        folder: The model's folder.
+        dtype: Dtype of the graph.
+
+    Raises:
+        GraphError: It answers otherwise.
+    """
+    gap = _compare(graph, folder, dtype)
+    gap.refuse_large(str(folder))
+    return Proof(of="model", error=gap.error, limit=gap.limit, runs=gap.runs, dtype=dtype)
+
+
+def prove_by_twin(folder: Path, loading: Loading, dtype: str, beside: Path, capture: Capture) -> Proof:
+    """Capture a twin of a model and compare it; a proof of nothing where no twin can be made.
+
+    Args:
+        folder: The model's folder.
+        loading: Its class and config.
+        dtype: Dtype of the graph.
+        beside: Folder in which the twin is made and removed again.
+        capture: Captures a folder as the model will be.
+
+    Raises:
+        GraphError: The twin's graph answers otherwise than the twin.
+    """
+    tell_stage("capturing a small twin of the model, to compare its graph with PyTorch")
+    # ONNX Runtime's CPU provider has no bfloat16.
+    dtype = "float32" if dtype == "bfloat16" else dtype
+    with scratch_folder(beside) as scratch:
+        twin, graph = scratch / "twin", scratch / "twin.onnx"
+        try:
+            save_twin(loading.kind, small_config(loading.config, _stacks(loading)), twin, folder)
+            model, _ = load_model(twin, dtype)
+            example_inputs(model, twin)
+            capture(twin, graph, dtype)
+        except Exception as error:  # of the model's own code, with sizes that it was not written for
+            return Proof(
+                of="nothing", reason=f"no small model of its config can be made ({first_line(error)})"
+            )
+        gap = _compare(graph, twin, dtype)
+    gap.refuse_large(f"a small twin of {folder}")
+    return Proof(of="twin", error=gap.error, limit=gap.limit, runs=gap.runs, dtype=dtype)
+
+
+def _compare(graph: Path, folder: Path, dtype: str) -> Gap:
+    model, _ = load_model(folder, dtype)
+    with quiet():
+        return measure_gap(graph, model, known_kind(model, folder), example_inputs(model, folder))
+
+
+def _stacks(loading: Loading) -> Sequence[Stack]:
+    import torch
+
+    config: Any = copy.deepcopy(loading.config)
+    with quiet():
+        model, buffers = build_outline(loading.kind, config, torch.float32)
+    return find_stacks(model, buffers)

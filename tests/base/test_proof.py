@@ -1,0 +1,206 @@
+"""A captured graph is compared with PyTorch before it is written, its own or a small twin's."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+
+from lora_export import GraphError, capture_onnx
+from lora_export.base.capture import capture, prove, twin
+from lora_export.base.capture.outline import build_outline, find_stacks
+from lora_export.cli import root
+from lora_export.graph.proof import PROOF_KEY, Proof
+
+pytestmark = pytest.mark.proven
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 200,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 600,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Llama whose every number counts."""
+    path = tmp_path_factory.mktemp("proof") / "llama"
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Let no model be small enough to be compared itself."""
+    monkeypatch.setattr(prove, "_OWN_BYTES", 0)
+
+
+def proof_of(graph):
+    return json.loads(ir.load(graph).metadata_props[PROOF_KEY])
+
+
+def test_a_small_model_is_compared_itself(folder, tmp_path):
+    graph, _ = capture_onnx(folder, tmp_path / "m.onnx", kv_cache=True)
+    proof = proof_of(graph)
+    assert proof["of"] == "model"
+    assert 0 < proof["error"] <= proof["limit"]
+    assert proof["runs"] == 4
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("trace", ["loaded", "outline"])
+def test_a_large_model_is_compared_by_its_twin(trace, fused, folder, large, tmp_path):
+    graph, _ = capture_onnx(folder, tmp_path / "m.onnx", kv_cache=True, trace=trace, fused=fused)
+    proof = proof_of(graph)
+    assert proof["of"] == "twin"
+    assert 0 < proof["error"] <= proof["limit"]
+    assert [path.name for path in tmp_path.iterdir() if "twin" in path.name] == []
+
+
+def test_a_twin_in_float32_stands_for_bfloat16(folder, tmp_path):
+    graph, _ = capture_onnx(folder, tmp_path / "m.onnx", dtype="bfloat16")
+    assert proof_of(graph)["of"] == "twin"
+    assert proof_of(graph)["dtype"] == "float32"
+
+
+def _scaled(graph):
+    """Attention that scales its scores otherwise."""
+    for node in graph:
+        if node.op_type == "Attention":
+            node.attributes["scale"] = ir.AttrFloat32("scale", 0.3)
+
+
+def _unmasked(graph):
+    """Attention that sees padding, and what comes later."""
+    for node in graph:
+        if node.op_type == "Attention":
+            node.replace_input_with(3, None)
+
+
+def _rotated(graph):
+    """Rotary embeddings of pairs that are interleaved."""
+    for node in graph:
+        if node.op_type == "RotaryEmbedding":
+            node.attributes["interleaved"] = ir.AttrInt64("interleaved", 1)
+
+
+def _normed(graph):
+    """A norm with another epsilon."""
+    for node in graph:
+        if node.op_type == "RMSNormalization":
+            node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.01)
+
+
+def _of_the_layer_before(graph):
+    """A layer with the weights of another one."""
+    for node in graph:
+        for place, value in enumerate(node.inputs):
+            if value is not None and value.name == "model.layers.2.self_attn.q_proj.weight":
+                other = graph.initializers["model.layers.1.self_attn.q_proj.weight"]
+                node.replace_input_with(place, other)
+
+
+CHANGES = [_scaled, _unmasked, _rotated, _normed, _of_the_layer_before]
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__[1:])
+def test_a_wrong_graph_is_not_written(change, size, folder, monkeypatch, tmp_path):
+    if size == "large":
+        monkeypatch.setattr(prove, "_OWN_BYTES", 0)
+    saved = capture._save
+
+    def spoilt(graph, output):
+        before = [str(node) for node in graph.graph]
+        change(graph.graph)
+        assert [str(node) for node in graph.graph] != before
+        return saved(graph, output)
+
+    monkeypatch.setattr(capture, "_save", spoilt)
+    with pytest.raises(GraphError, match="answers otherwise than PyTorch"):
+        capture_onnx(folder, tmp_path / "m.onnx", kv_cache=True, fused=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_twin_the_graph_says_so(folder, large, monkeypatch, tmp_path):
+    def fail(*_):
+        raise ValueError("head_dim must be even")
+
+    monkeypatch.setattr(prove, "small_config", fail)
+    graph, _ = capture_onnx(folder, tmp_path / "m.onnx")
+    proof = proof_of(graph)
+    assert proof["of"] == "nothing"
+    assert "head_dim must be even" in proof["reason"]
+
+
+def test_without_a_twin_attention_as_a_node_is_tried_with_the_weights(folder, large, monkeypatch, tmp_path):
+    tried = []
+    monkeypatch.setattr(prove, "small_config", lambda *_: 1 / 0)
+    loaded = capture.load_model
+    monkeypatch.setattr(capture, "load_model", lambda *given: tried.append(given) or loaded(*given))
+    capture_onnx(folder, tmp_path / "m.onnx", fused=True)
+    assert tried
+
+
+def test_the_verb(folder, large, tmp_path):
+    arguments = ["capture-onnx", str(folder), "-o", str(tmp_path / "m.onnx")]
+    result = CliRunner().invoke(root, arguments)
+    assert result.exit_code == 0, result.output
+    assert "a small twin of it compared with PyTorch on 4 inputs" in result.output
+    result = CliRunner().invoke(root, [*arguments, "--force", "--no-twin"])
+    assert result.exit_code == 0, result.output
+    assert "not compared with PyTorch: it was not asked for" in result.output
+    assert proof_of(tmp_path / "m.onnx") == {"of": "nothing", "reason": "it was not asked for"}
+
+
+def test_a_damaged_record():
+    with pytest.raises(GraphError, match="proof"):
+        Proof.from_metadata({PROOF_KEY: '{"of": "everything"}'})
+    assert Proof.from_metadata({}) is None
+
+
+# Class, config, and what of it the twin has to keep.
+FAMILIES = {
+    "LlamaForCausalLM": ("LlamaConfig", {"num_key_value_heads": 8}, ["head_dim", "rope_parameters"]),
+    "GPT2LMHeadModel": ("GPT2Config", {}, ["activation_function", "scale_attn_weights"]),
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", {}, ["head_dim", "query_pre_attn_scalar", "rope_parameters"]),
+    "Qwen3ForCausalLM": ("Qwen3Config", {}, ["head_dim", "attention_bias"]),
+    "OPTForCausalLM": ("OPTConfig", {}, ["do_layer_norm_before", "activation_function"]),
+    "BertForSequenceClassification": ("BertConfig", {}, ["type_vocab_size", "hidden_act"]),
+    "T5ForConditionalGeneration": ("T5Config", {}, ["d_kv", "relative_attention_num_buckets"]),
+    "ViTForImageClassification": ("ViTConfig", {}, ["image_size", "patch_size"]),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_twin_is_small_and_of_the_same_kind(name, tmp_path):
+    config_name, settings, kept = FAMILIES[name]
+    kind, config = getattr(transformers, name), getattr(transformers, config_name)(**settings)
+    stacks = find_stacks(*build_outline(kind, getattr(transformers, config_name)(**settings), torch.float32))
+    small = twin.small_config(config, stacks)
+    assert [getattr(small, key) for key in kept] == [getattr(config, key) for key in kept]
+    twin.save_twin(kind, small, tmp_path / "twin", tmp_path)
+    made = kind.from_pretrained(tmp_path / "twin")
+    assert sum(parameter.numel() for parameter in made.parameters()) < 16e6
+    layers = find_stacks(*build_outline(kind, small, torch.float32))
+    assert len(layers) == len(stacks)
+    for stack, own in zip(stacks, layers, strict=True):
+        assert own.depth <= stack.depth
+        # Each kind of layer, and one that is copied.
+        assert {*map(type, made.get_submodule(own.path))}
+        assert len(own.chosen) >= 3 or own.depth < 3
+        assert np.ptp(own.template) == len(own.chosen) - 1
