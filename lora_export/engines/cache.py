@@ -27,6 +27,7 @@ from typing import Any
 
 from lora_export.engines.record import Port
 from lora_export.errors import LoraExportError, OutputError
+from lora_export.storage.cache_folder import cache_folder, chosen_folder
 from lora_export.storage.folders import refuse_strangers
 from lora_export.storage.hashes import sha256_of
 from lora_export.storage.outputs import OutputSet
@@ -44,10 +45,7 @@ _KEY = re.compile("[0-9a-f]{64}")
 
 def default_folder() -> Path:
     """Return the folder of the cache: ``$LORA_EXPORT_CACHE``, else one in the user's cache folder."""
-    if chosen := os.environ.get("LORA_EXPORT_CACHE"):
-        return Path(chosen)
-    above = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(above) / "lora-export" / "engines"
+    return chosen_folder() or cache_folder("engines")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,10 +23,19 @@ from lora_export.base.capture.export import (
     trace_module,
 )
 from lora_export.base.capture.fuse import fuse_nodes
-from lora_export.base.capture.loading import Loading, attention_of, load_model, look_at, refuse_lost
+from lora_export.base.capture.kept import Kept, find, keep, key_of
+from lora_export.base.capture.loading import (
+    Loading,
+    attention_of,
+    check_folder,
+    load_model,
+    look_at,
+    refuse_lost,
+)
 from lora_export.base.capture.prepared import Traced, prepare
 from lora_export.base.capture.prove import is_own_twin, not_proven, prove_by_twin, prove_model
 from lora_export.base.capture.without_weights import graph_without_weights
+from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
 from lora_export.errors import CheckpointError, OutputError
@@ -98,16 +107,14 @@ def capture_checkpoint(
     path = Path(folder)
     way = Way(dtype=dtype, kv_cache=kv_cache, replaced=tuple(replaced), fused=fused)
     tell_stage(f"capturing {path} (seconds for a small model, minutes for 1B)")
-    loading = look_at(path)
-    if trace == "loaded" or (trace == "auto" and replaced):
-        return _write(path, output, loading, way, proven=proven)
-    try:
-        return _write(path, output, loading, replace(way, in_outline=True), proven=proven)
-    except CannotOutline as error:
-        if trace == "outline":
-            raise CheckpointError(error.message, "give --trace loaded") from error
-        tell_stage(f"{error.message}: loading it")
-    return _write(path, output, look_at(path), way, proven=proven)
+    if trace == "outline" or (trace == "auto" and not replaced):
+        try:
+            return _write_outlined(path, output, replace(way, in_outline=True), proven=proven)
+        except CannotOutline as error:
+            if trace == "outline":
+                raise CheckpointError(error.message, "give --trace loaded") from error
+            tell_stage(f"{error.message}: loading it")
+    return _write_loaded(path, output, way, proven=proven)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,39 +149,67 @@ class CannotOutline(Exception):
         self.message = message
 
 
-def _write(path: Path, output: Path, loading: Loading, way: Way, proven: bool) -> Proof:
-    """Write a folder's graph, proven."""
+def _write_outlined(path: Path, output: Path, way: Way, proven: bool) -> Proof:
+    """Write a folder's graph, traced without its weights or kept from a folder of the same config."""
+    check_folder(path)
+    try:
+        checkpoint = Checkpoint.open(path)
+    except CheckpointError as error:  # other files than safetensors, which transformers may read
+        raise CannotOutline(f"{path} can't be traced without its weights: {error.message}") from error
+    key = key_of(checkpoint, asdict(way) | {"proven": proven})
+    kept = find(key)
+    if kept is None:
+        loading = look_at(path)
+        proof = _twin_proof(path, output, loading, way, proven=proven)
+        if way.fused and proof is not None and proof.of == "nothing" and proven:
+            raise CannotOutline(f"{path} is traced with its weights, because {proof.reason}")
+        kept = _in_outline(checkpoint, loading, way)
+        if proof is not None:
+            kept.graph.metadata_props.update(proof.to_metadata())
+        keep(key, kept)
+    weights = Weights(checkpoint, kept.parts)
+    for name in kept.parts:
+        weights.attach(kept.graph.graph.initializers[name], name)
+    graph = _save(_with_history(kept.graph, path), output)
+    refuse_lost(weights.lost, path, way.dtype)
+    return Proof.from_metadata(graph.metadata_props) or _prove_saved(graph, output, path, way.dtype)
+
+
+def _write_loaded(path: Path, output: Path, way: Way, proven: bool) -> Proof:
+    """Write a folder's graph, traced with its weights in memory."""
+    proof = _twin_proof(path, output, look_at(path), way, proven=proven)
+    graph, captured = _loaded(path, way)
+    graph.metadata_props.update(captured.to_metadata() | (proof.to_metadata() if proof else {}))
+    graph = _save(_with_history(graph, path), output)
+    return proof or _prove_saved(graph, output, path, way.dtype)
+
+
+def _twin_proof(path: Path, output: Path, loading: Loading, way: Way, *, proven: bool) -> Proof | None:
+    """Return the proof by a twin, or why there is none; None for a model that is compared itself."""
 
     def capture(folder: Path, graph: Path, dtype: str) -> None:
         own = replace(way, dtype=dtype, replaced=())
-        _write(folder, graph, look_at(folder), own, proven=False)
+        (_write_outlined if way.in_outline else _write_loaded)(folder, graph, own, proven=False)
 
-    proof = not_proven(proven)
-    is_own = is_own_twin(path, way.dtype) and not way.replaced
-    if proof is None and not is_own:
-        proof = prove_by_twin(path, loading, way.dtype, output.parent, capture)
-        if way.fused and way.in_outline and proof.of == "nothing":
-            raise CannotOutline(f"{path} is traced with its weights, because {proof.reason}")
-    graph, captured, weights = _graph_of(path, loading, way)
-    if way.kv_cache:
-        name_total(graph)
-    graph.metadata_props.update(captured.to_metadata())
-    if before := entries_before(history_of(path / MANIFEST)):
-        graph.metadata_props[CAPTURED_KEY] = before
-    graph = _save(graph, output)
-    if weights is not None:
-        refuse_lost(weights.lost, path, way.dtype)
-    if proof is None:
-        proof = prove_model(output, path, way.dtype)
+    if proof := not_proven(proven):
+        return proof
+    if is_own_twin(path, way.dtype) and not way.replaced:
+        return None
+    return prove_by_twin(path, loading, way.dtype, output.parent, capture)
+
+
+def _prove_saved(graph: ir.Model, output: Path, path: Path, dtype: str) -> Proof:
+    """Compare a written graph with its model, and write that into it."""
+    proof = prove_model(output, path, dtype)
     graph.metadata_props.update(proof.to_metadata())
     save_graph(graph, output)
     return proof
 
 
-def _graph_of(path: Path, loading: Loading, way: Way) -> tuple[ir.Model, Captured, Weights | None]:
-    if way.in_outline:
-        return _in_outline(path, loading, way)
-    return (*_loaded(path, way), None)
+def _with_history(graph: ir.Model, path: Path) -> ir.Model:
+    if before := entries_before(history_of(path / MANIFEST)):
+        graph.metadata_props[CAPTURED_KEY] = before
+    return graph
 
 
 def _loaded(path: Path, way: Way) -> tuple[ir.Model, Captured]:
@@ -192,18 +227,20 @@ def _loaded(path: Path, way: Way) -> tuple[ir.Model, Captured]:
     graph = finish(graph)
     if way.fused:
         fuse_nodes(graph)
+    if way.kv_cache:
+        name_total(graph)
     return graph, captured
 
 
-def _in_outline(path: Path, loading: Loading, way: Way) -> tuple[ir.Model, Captured, Weights]:
-    """Return a checkpoint's graph, what it was captured from, and the weights, read when it is saved.
+def _in_outline(checkpoint: Checkpoint, loading: Loading, way: Way) -> Kept:
+    """Return a checkpoint's graph without its weights.
 
     Raises:
         CannotOutline: The model can't be traced without its weights.
     """
     import torch
 
-    described: list[Captured] = []
+    path, described = checkpoint.folder, list[Captured]()
 
     def prepared(model: Any) -> Traced:
         traced, captured = prepare(model, path, way.dtype, way.kv_cache, fused=way.fused)
@@ -211,8 +248,8 @@ def _in_outline(path: Path, loading: Loading, way: Way) -> tuple[ir.Model, Captu
         return traced
 
     try:
-        graph, weights = graph_without_weights(
-            path,
+        kept = graph_without_weights(
+            checkpoint,
             loading.kind,
             loading.config,
             dtype=getattr(torch, way.dtype),
@@ -225,7 +262,10 @@ def _in_outline(path: Path, loading: Loading, way: Way) -> tuple[ir.Model, Captu
         raise
     except Exception as error:  # also of transformers, torch and onnxscript, without values to work with
         raise CannotOutline(f"{path} can't be traced without its weights: {first_line(error)}") from error
-    return graph, described[-1], weights
+    if way.kv_cache:
+        name_total(kept.graph)
+    kept.graph.metadata_props.update(described[-1].to_metadata())
+    return kept
 
 
 def capture_module(

@@ -49,14 +49,12 @@ class Loading:
     config: Any
 
 
-def look_at(path: Path) -> Loading:
-    """Return the class and the config of a folder's model, before anything is loaded.
+def check_folder(path: Path) -> None:
+    """Refuse what no model is loaded from, by the folder's documents alone: transformers is not asked.
 
     Raises:
         CheckpointError: The folder can't be loaded, or not without running code of its own.
     """
-    import transformers
-
     if not is_folder(path):  # else transformers would ask a hub for a model of that name
         raise no_folder(path)
     note_inputs(model_files(path))
@@ -75,6 +73,17 @@ def look_at(path: Path) -> Loading:
     _refuse_costly(path)
     _refuse_adapter_beside(path)
     refuse_bare_codes(path)
+
+
+def look_at(path: Path) -> Loading:
+    """Return the class and the config of a folder's model, before anything is loaded.
+
+    Raises:
+        CheckpointError: The folder can't be loaded, or not without running code of its own.
+    """
+    import transformers
+
+    check_folder(path)
     with quiet(), never_asked():
         try:
             config = transformers.AutoConfig.from_pretrained(

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.base.capture.attach import Weights, shape_of_parts
+from lora_export.base.capture.attach import shape_of_parts
 from lora_export.base.capture.export import quiet, share, simplify, trace_module
 from lora_export.base.capture.fuse import fuse_nodes
+from lora_export.base.capture.kept import Kept
 from lora_export.base.capture.outline import Stack, build_outline, cut, find_stacks
 from lora_export.base.capture.prepared import Traced
 from lora_export.base.capture.stamp import CannotStamp, stamp
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.names import Part, loaded_parts
-from lora_export.errors import CheckpointError
 from lora_export.progress import tell_stage
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ Prepare = Callable[[Any], Traced]
 
 
 def graph_without_weights(
-    path: Path,
+    checkpoint: Checkpoint,
     kind: Any,
     config: Any,
     *,
@@ -45,11 +44,11 @@ def graph_without_weights(
     prepare: Prepare,
     opset: int | None,
     fused: bool,
-) -> tuple[ir.Model, Weights]:
-    """Return the graph of a checkpoint's model, and its weights, which are read when it is saved.
+) -> Kept:
+    """Return the graph of a checkpoint's model, and where its weights are.
 
     Args:
-        path: The folder.
+        checkpoint: The folder.
         kind: The model's class.
         config: Its config; the layers that are not traced are taken out of it.
         dtype: Of the weights.
@@ -62,7 +61,6 @@ def graph_without_weights(
         CannotStamp: The model has to be loaded.
         Exception: So it has where transformers, torch or the checkpoint raise something else.
     """
-    checkpoint = _open(path)
     _refuse_what_loading_changes(kind, config, dtype)
     with quiet():
         model, buffers = build_outline(kind, copy.deepcopy(config), dtype, attention)
@@ -88,17 +86,7 @@ def graph_without_weights(
         if shapes.get(name) != _shape(graph.graph.initializers[name]):
             raise CannotStamp(f"{name} is not the model's")
     share(graph, lacking)
-    weights = Weights(checkpoint, parts)
-    for name in lacking & set(graph.graph.initializers):
-        weights.attach(graph.graph.initializers[name], name)
-    return graph, weights
-
-
-def _open(path: Path) -> Checkpoint:
-    try:
-        return Checkpoint.open(path)
-    except CheckpointError as error:  # other files than safetensors, which transformers may read
-        raise CannotStamp(str(error)) from error
+    return Kept(graph=graph, parts={name: parts[name] for name in lacking & set(graph.graph.initializers)})
 
 
 def _refuse_what_loading_changes(kind: Any, config: Any, dtype: torch.dtype) -> None:
