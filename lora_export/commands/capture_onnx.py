@@ -47,6 +47,7 @@ _PATH = click.Path(path_type=Path)
     is_flag=True,
     help="Do not compare the graph of a small model like this one with PyTorch first.",
 )
+@click.option("--share-base", is_flag=True, help="Leave the weights in CHECKPOINT's own files.")
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @click.option("--quiet", is_flag=True, help="Print no summary.")
 def capture_onnx(
@@ -57,6 +58,7 @@ def capture_onnx(
     trace: Literal["auto", "loaded", "outline"],
     fused: bool,
     no_twin: bool,
+    share_base: bool,
     force: bool,
     quiet: bool,
 ) -> None:
@@ -78,6 +80,7 @@ def capture_onnx(
     from lora_export.modes import capture_onnx as mode
     from lora_export.progress import byte_progress
     from lora_export.reports.merge import size_text
+    from lora_export.untrusted.places import is_file
 
     started = time.monotonic()
     with byte_progress(f"writing {output}", quiet):
@@ -89,12 +92,13 @@ def capture_onnx(
             trace=trace,
             fused=fused,
             twin=not no_twin,
+            share_base=share_base,
             force=force,
         )
     if not quiet:
-        size = size_text(data.stat().st_size)
+        size = size_text(data.stat().st_size if is_file(data) else 0)
         print_lines([f"captured {checkpoint} in {time.monotonic() - started:.1f} s: {size} of weights"])
         if proof := Proof.from_metadata(load_graph(graph).model.metadata_props):
             print_lines([str(proof)])
-        print_lines([f"wrote {graph}", f"wrote {data}"])
+        print_lines([f"wrote {file}" for file in (graph, data) if is_file(file)])
     print_lines([f"note: {note}" for note in code_notes(read_config(checkpoint))], err=True)

@@ -41,7 +41,7 @@ class DataIdentity:
     Attributes:
         layout: SHA-256 of the name, file, offset and length of every weight.
         files: Identity of each file (`manifest.FileHash`), by its path from the graph's folder.
-        blake3: Full hashes of the same files; empty in graphs of earlier versions.
+        blake3: Full hashes of those files that were read whole; empty in graphs of earlier versions.
         manifest: Name of the manifest that was written beside the graph: without it, only the graph would
             tell that files are missing. Empty if there was none.
     """
@@ -150,7 +150,7 @@ def mark_data(model: ir.Model, files: Mapping[str, FileHash], manifest: str = ""
 
     Args:
         model: The model; its constants already refer to the files.
-        files: Files with full hashes, by their path from the graph's folder.
+        files: Files by their path from the graph's folder, those that were read whole with full hashes.
         manifest: See `DataIdentity`.
 
     Returns:
@@ -164,7 +164,7 @@ def mark_data(model: ir.Model, files: Mapping[str, FileHash], manifest: str = ""
         identity = DataIdentity(
             layout_of(tensors),
             {place: entry.sha256 for place, entry in known.items()},
-            {place: entry.blake3 for place, entry in known.items()},
+            {place: entry.blake3 for place, entry in known.items() if entry.blake3},
             manifest,
         )
         model.metadata_props[KEY] = json.dumps(asdict(identity), sort_keys=True)

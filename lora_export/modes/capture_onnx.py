@@ -11,6 +11,7 @@ from lora_export.base.reads import files_read
 from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.inputs import same_inputs
 from lora_export.storage.outputs import OutputSet, make_parent, output_errors, refuse_replacing
+from lora_export.untrusted.places import is_file
 
 PathLike = str | os.PathLike[str]
 
@@ -25,6 +26,7 @@ def capture_onnx(
     trace: Trace = "auto",
     fused: bool = False,
     twin: bool = True,
+    share_base: bool = False,
     force: bool = False,
 ) -> tuple[Path, Path]:
     """Write a Hugging Face checkpoint as ``output`` and ``output.data``.
@@ -41,6 +43,8 @@ def capture_onnx(
         twin: Compare the graph with PyTorch in ONNX Runtime before it is written: that of a small model with
             its own weights, that of a large one by a twin, a small random model that is captured in the same
             way. The graph's metadata says what was compared.
+        share_base: Leave weights in the checkpoint's own files, where these hold them in this dtype; for an
+            output in the checkpoint's folder or above it. There may then be no data file.
         force: Replace existing output files.
 
     Returns:
@@ -70,8 +74,10 @@ def capture_onnx(
             trace=trace,
             fused=fused,
             proven=twin,
+            share_from=graph.parent if share_base else None,
         )
-        made.with_name(data.name).replace(outputs.stage(data))
+        if is_file(made.with_name(data.name)):
+            made.with_name(data.name).replace(outputs.stage(data))
         made.replace(outputs.stage(graph))
         outputs.commit()
     return graph, data

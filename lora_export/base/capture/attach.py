@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -11,6 +13,7 @@ import onnx_ir as ir
 from lora_export.adapter import Array
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.names import Part
+from lora_export.storage.safetensors import DTYPES
 
 # Values that are read, cast and written at a time.
 _BLOCK = 1 << 20
@@ -37,6 +40,31 @@ class Weights:
     def attach(self, value: ir.Value, name: str) -> None:
         """Give a constant the values of a parameter."""
         value.const_value = _Streamed(self, value, name)
+
+    def link(self, value: ir.Value, name: str, folder: Path) -> bool:
+        """Let a constant refer to values in the checkpoint's own file, if they are stored as it holds them.
+
+        Args:
+            value: The constant.
+            name: Its parameter.
+            folder: The graph's, in which the checkpoint's has to be.
+
+        Returns:
+            Whether it does.
+        """
+        first, *others = self._parts[name]
+        stored = self._checkpoint.tensors[first.tensor]
+        assert value.shape is not None
+        assert value.dtype is not None
+        if others or first.transposed or first.expert is not None:
+            return False
+        if DTYPES.get(stored.code) != value.dtype.numpy() or not stored.length:
+            return False
+        location = os.path.relpath(stored.file.resolve(), folder.resolve())
+        value.const_value = ir.ExternalTensor(
+            location, stored.offset, stored.length, value.dtype, shape=value.shape, name=str(value.name)
+        )
+        return True
 
     def blocks(self, name: str, dtype: ir.DataType) -> Iterator[Array]:
         """Yield a parameter's values in their order, in the graph's dtype, a block at a time."""

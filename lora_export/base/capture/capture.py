@@ -44,7 +44,7 @@ from lora_export.graph.data_identity import mark_data
 from lora_export.graph.onnx_file import save_graph
 from lora_export.graph.proof import Proof
 from lora_export.progress import tell_stage
-from lora_export.storage.hashes import hash_written
+from lora_export.storage.hashes import hash_file, hash_written
 from lora_export.untrusted.places import is_file
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def capture_checkpoint(
     trace: Trace = "auto",
     fused: bool = False,
     proven: bool = True,
-) -> Proof:
+    share_from: Path | None = None,
+) -> Path:
     """Write the graph of a checkpoint folder, with dynamic batch and sequence axes.
 
     The model class is the one named in the config's ``architectures``.
@@ -90,31 +91,41 @@ def capture_checkpoint(
             compute with kernels of their own.
         proven: Compare the graph with PyTorch in ONNX Runtime: a small model's own, a large model's by a
             twin, which is captured in the same way. The graph's metadata says so (`lora_export.graph.proof`).
+        share_from: Leave weights in the checkpoint's own files, where these hold them in the graph's dtype
+            and orientation, and refer to them from this folder, into which the output is moved afterwards.
+            It has to be the checkpoint's folder or one above it: ONNX Runtime finds them nowhere else.
 
     Returns:
-        What was compared.
+        ``output``.
 
     Raises:
         BackendUnavailable: torch, transformers or onnxscript is missing.
         CheckpointError: The folder can't be loaded or lacks weights, its kind of input is unknown, it has no
             cache, or weights don't fit into the dtype.
         GraphError: torch.onnx can't export the model, or the graph computes something else.
-        OutputError: The dtype is unknown.
+        OutputError: The dtype is unknown, or the checkpoint's weights can't stay where they are.
     """
     if dtype not in DTYPES:
         raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
     require("torch", "transformers", "onnxscript")
     path = Path(folder)
     way = Way(dtype=dtype, kv_cache=kv_cache, replaced=tuple(replaced), fused=fused)
+    if share_from is not None:
+        _refuse_sharing(path, share_from, trace, replaced)
+        trace = "outline"
     tell_stage(f"capturing {path} (seconds for a small model, minutes for 1B)")
     if trace == "outline" or (trace == "auto" and not replaced):
         try:
-            return _write_outlined(path, output, replace(way, in_outline=True), proven=proven)
+            _write_outlined(
+                path, output, replace(way, in_outline=True), proven=proven, share_from=share_from
+            )
+            return output
         except CannotOutline as error:
             if trace == "outline":
                 raise CheckpointError(error.message, "give --trace loaded") from error
             tell_stage(f"{error.message}: loading it")
-    return _write_loaded(path, output, way, proven=proven)
+    _write_loaded(path, output, way, proven=proven)
+    return output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,18 +160,20 @@ class CannotOutline(Exception):
         self.message = message
 
 
-def _write_outlined(path: Path, output: Path, way: Way, proven: bool) -> Proof:
+def _write_outlined(
+    path: Path, output: Path, way: Way, *, proven: bool, share_from: Path | None = None
+) -> None:
     """Write a folder's graph, traced without its weights or kept from a folder of the same config."""
     check_folder(path)
     try:
         checkpoint = Checkpoint.open(path)
     except CheckpointError as error:  # other files than safetensors, which transformers may read
         raise CannotOutline(f"{path} can't be traced without its weights: {error.message}") from error
-    key = key_of(checkpoint, asdict(way) | {"proven": proven})
+    key = key_of(checkpoint, asdict(way) | {"proven": proven, "shared": share_from is not None})
     kept = find(key)
     if kept is None:
         loading = look_at(path)
-        proof = _twin_proof(path, output, loading, way, proven=proven)
+        proof = _twin_proof(path, output, loading, way, proven=proven, in_place=share_from is None)
         if way.fused and proof is not None and proof.of == "nothing" and proven:
             raise CannotOutline(f"{path} is traced with its weights, because {proof.reason}")
         kept = _in_outline(checkpoint, loading, way)
@@ -168,24 +181,47 @@ def _write_outlined(path: Path, output: Path, way: Way, proven: bool) -> Proof:
             kept.graph.metadata_props.update(proof.to_metadata())
         keep(key, kept)
     weights = Weights(checkpoint, kept.parts)
+    linked = set()
     for name in kept.parts:
-        weights.attach(kept.graph.graph.initializers[name], name)
-    graph = _save(_with_history(kept.graph, path), output)
+        value = kept.graph.graph.initializers[name]
+        if share_from is not None and weights.link(value, name, share_from):
+            linked.add(value)
+        else:
+            weights.attach(value, name)
+    if share_from is not None and not linked:
+        raise OutputError(
+            f"no weight can stay in {path}, whose dtype is not {way.dtype}",
+            "give the checkpoint's --dtype, or omit --share-base",
+        )
+    graph = _save(_with_history(kept.graph, path), output, linked, share_from)
     refuse_lost(weights.lost, path, way.dtype)
-    return Proof.from_metadata(graph.metadata_props) or _prove_saved(graph, output, path, way.dtype)
+    if Proof.from_metadata(graph.metadata_props) is None:
+        _prove_saved(graph, output, path, way.dtype)
 
 
-def _write_loaded(path: Path, output: Path, way: Way, proven: bool) -> Proof:
+def _write_loaded(path: Path, output: Path, way: Way, proven: bool) -> None:
     """Write a folder's graph, traced with its weights in memory."""
     proof = _twin_proof(path, output, look_at(path), way, proven=proven)
     graph, captured = _loaded(path, way)
     graph.metadata_props.update(captured.to_metadata() | (proof.to_metadata() if proof else {}))
     graph = _save(_with_history(graph, path), output)
-    return proof or _prove_saved(graph, output, path, way.dtype)
+    if proof is None:
+        _prove_saved(graph, output, path, way.dtype)
 
 
-def _twin_proof(path: Path, output: Path, loading: Loading, way: Way, *, proven: bool) -> Proof | None:
-    """Return the proof by a twin, or why there is none; None for a model that is compared itself."""
+def _twin_proof(
+    path: Path, output: Path, loading: Loading, way: Way, *, proven: bool, in_place: bool = True
+) -> Proof | None:
+    """Return the proof by a twin, or why there is none; None for a model that is compared itself.
+
+    Args:
+        path: The folder.
+        output: The graph's file.
+        loading: The folder's class and config.
+        way: How it is captured.
+        proven: Whether a proof is wanted.
+        in_place: Whether the graph finds its weights where it is written.
+    """
 
     def capture(folder: Path, graph: Path, dtype: str) -> None:
         own = replace(way, dtype=dtype, replaced=())
@@ -193,17 +229,16 @@ def _twin_proof(path: Path, output: Path, loading: Loading, way: Way, *, proven:
 
     if proof := not_proven(proven):
         return proof
-    if is_own_twin(path, way.dtype) and not way.replaced:
+    if in_place and is_own_twin(path, way.dtype) and not way.replaced:
         return None
     return prove_by_twin(path, loading, way.dtype, output.parent, capture)
 
 
-def _prove_saved(graph: ir.Model, output: Path, path: Path, dtype: str) -> Proof:
+def _prove_saved(graph: ir.Model, output: Path, path: Path, dtype: str) -> None:
     """Compare a written graph with its model, and write that into it."""
     proof = prove_model(output, path, dtype)
     graph.metadata_props.update(proof.to_metadata())
     save_graph(graph, output)
-    return proof
 
 
 def _with_history(graph: ir.Model, path: Path) -> ir.Model:
@@ -295,14 +330,46 @@ def capture_module(
     return output
 
 
-def _save(graph: ir.Model, output: Path) -> ir.Model:
-    """Write a graph and its data; return it with the data outside."""
+def _refuse_sharing(path: Path, folder: Path, trace: Trace, replaced: Collection[str]) -> None:
+    if trace == "loaded" or replaced:
+        raise OutputError(
+            "weights of a model that is loaded do not stay in the checkpoint's files",
+            "omit --share-base, or --trace loaded",
+        )
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise OutputError(
+            f"the weights in {path} can't be shared from {folder}: ONNX Runtime reads external data only "
+            "from the model's own folder or below it",
+            f"write the output into {path}, or omit --share-base",
+        )
+
+
+def _save(
+    graph: ir.Model, output: Path, linked: Collection[ir.Value] = (), folder: Path | None = None
+) -> ir.Model:
+    """Write a graph and its data; return it with the data outside.
+
+    Args:
+        graph: The graph.
+        output: The file.
+        linked: Constants that stay where they are.
+        folder: Folder that these are named from.
+    """
+    import onnx_ir as ir
     from onnx_ir.external_data import unload_from_model
 
     tell_stage("writing the graph as it was traced")
     data = output.parent / f"{output.name}.data"
+    kept = {value: value.const_value for value in linked}
+    for value in linked:
+        value.const_value = None
     graph = unload_from_model(graph, output.parent, data.name, size_threshold_bytes=_INLINE_BYTES)
-    if is_file(data):
-        mark_data(graph, {data.name: hash_written(data, data.name)})
+    for value, tensor in kept.items():
+        value.const_value = tensor
+    files = {data.name: hash_written(data, data.name)} if is_file(data) else {}
+    # What is not copied is not read either: these are known by a sample of them.
+    for place in {str(tensor.location) for tensor in kept.values() if isinstance(tensor, ir.ExternalTensor)}:
+        files[place] = hash_file((folder or output.parent) / place)
+    mark_data(graph, files)
     save_graph(graph, output)
     return graph
