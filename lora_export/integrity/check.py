@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any, Literal
 
 from lora_export.errors import LoraExportError
 from lora_export.graph.data_identity import place_problem
-from lora_export.integrity.claims import SUMS, Claim, Description, description_of, is_named_as_sealed
+from lora_export.integrity.claims import Claim, Description, description_of, is_named_as_sealed
 from lora_export.integrity.undescribed import files_in, matters
 from lora_export.storage.hashes import hash_file, identity_of, is_sampled
 from lora_export.storage.sums.full import file_digest
+from lora_export.storage.sums.listed import NAME as SUMS
 from lora_export.storage.sums.seal import find_seal
 from lora_export.untrusted.links import leads_out
-from lora_export.untrusted.places import is_file, is_folder
+from lora_export.untrusted.places import is_file, is_folder, is_there
 
 State = Literal["ok", "sampled", "unhashed", "not described", "changed", "missing", "outside"]
 # The states by strength: of several findings on one file, the first in this order decides.
@@ -28,6 +30,10 @@ BROKEN: frozenset[State] = frozenset({"changed", "missing", "outside"})
 _OUTSIDE = "a set's files must be in its folder, without links out of it"
 _EARLIER = "no full hash: an earlier version wrote it"
 _MOST_FILES = 100_000
+# Files that are named and not there: a description takes less for each than what is known of it here.
+_MOST_ABSENT = 1 << 14
+# Names of one file, by links: each may describe others, and is read.
+_MOST_NAMES = 64
 PathLike = str | os.PathLike[str]
 
 
@@ -141,14 +147,25 @@ def _files(path: Path) -> Iterator[tuple[Path, str]]:
     """Yield the files of a folder (`files_in`), or a file and those beside it that describe it."""
     if not is_folder(path):
         yield path, ""
+        names = Counter[str]()
         for beside in sorted(path.parent.iterdir()):
-            if beside != path and is_file(beside) and _may_name(beside, path):
-                yield beside, ""
+            if beside != path and is_file(beside):
+                _count_name(names, beside)
+                if _may_name(beside, path):
+                    yield beside, ""
         return
     for count, found in enumerate(files_in(path), 1):
         if count > _MOST_FILES:
             raise LoraExportError(f"{path} holds more than {_MOST_FILES} files", "give the folder of one set")
         yield found
+
+
+def _count_name(names: Counter[str], path: Path) -> None:
+    """Count one more name of a file; raise if there are too many."""
+    real = os.path.realpath(path)
+    names[real] += 1
+    if names[real] > _MOST_NAMES:
+        raise LoraExportError(f"{path} is one of more than {_MOST_NAMES} links to {real}", "remove the links")
 
 
 def _may_name(beside: Path, path: Path) -> bool:
@@ -181,6 +198,8 @@ class _Check:
     _digests: dict[tuple[str, str], str] = field(default_factory=dict)
     _seen: set[tuple[str, str]] = field(default_factory=set)
     _named: list[Path] = field(default_factory=list)
+    _names: Counter[str] = field(default_factory=Counter)
+    _absent: int = 0
 
     def look_at_all(self, paths: Iterable[tuple[Path, str]], given: Path) -> None:
         """Check files and the files that they describe, which may describe others in turn.
@@ -203,6 +222,7 @@ class _Check:
         if (known := (os.path.realpath(path), path.name)) in self._seen:
             return
         self._seen.add(known)
+        _count_name(self._names, path)
         state = self._state(path)
         state.matters |= matters(path, given if is_folder(given) else path.parent)
         # What may describe files is refused by its own reader.
@@ -241,6 +261,8 @@ class _Check:
         for place in description.uses:
             if place in claimed or self._is_outside(place, path):
                 continue
+            if not is_there(path.parent / place):
+                self._count_absent(path)
             used = self._state(path.parent / place)
             used.matters = True
             used.add("not described", path.name, "it holds weights of this graph, which has no hash of it")
@@ -259,6 +281,7 @@ class _Check:
             size = path.stat().st_size if is_file(path) else None
             if size is None:
                 state.add("missing", by.name, "it does not exist")
+                self._count_absent(by)
             elif claim.size_bytes is not None and size != claim.size_bytes:
                 self.compared += 1
                 state.add("changed", by.name, f"{size} bytes, wanted {claim.size_bytes}")
@@ -276,7 +299,16 @@ class _Check:
         key = f"{by}\0{place}"
         outside = self.states.setdefault(key, FileState(path=Path(f"{by}: {place}")))
         outside.add("outside", by.name, _OUTSIDE)
+        self._count_absent(by)
         return True
+
+    def _count_absent(self, by: Path) -> None:
+        self._absent += 1
+        if self._absent > _MOST_ABSENT:
+            raise LoraExportError(
+                f"{by} names files that are not there, {_MOST_ABSENT} or more",
+                "give the whole set, in its own folder",
+            )
 
     def _compare_hash(self, claim: Claim, path: Path, size: int, state: FileState, by: Path) -> None:
         if not (claim.blake3 or claim.sha256):

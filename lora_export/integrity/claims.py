@@ -7,10 +7,8 @@ the folder, and a claim counts only if a hash confirms it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from io import TextIOWrapper
 from pathlib import Path
 
 from lora_export.engines.record import EngineRecord
@@ -18,20 +16,20 @@ from lora_export.errors import BackendError, GraphError, LoraExportError
 from lora_export.formats.reading.weights_files import EDGE_LLM_NAME
 from lora_export.graph.data_identity import external_tensors, read_identity
 from lora_export.storage.hashes import FileHash
+from lora_export.storage.sums.listed import NAME as SUMS
+from lora_export.storage.sums.listed import read_sums
 from lora_export.storage.sums.seal import find_seal
-from lora_export.untrusted.documents import MAX_BYTES, open_regular, read_json
+from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import FieldError, from_plain
 from lora_export.untrusted.links import leads_out
 from lora_export.untrusted.places import is_file
 
-SUMS = "SHA256SUMS"
 MANIFEST_SUFFIX, MANIFEST_NAME = ".lora.json", "lora.json"
 # Of a folder for TensorRT-Edge-LLM: it lists the weights, and they can't be loaded without it.
 _EDGE_LLM_CONFIG = "config.json"
 # Of `lora-export demo`; it lists all that the demo wrote.
 _DEMO_REPORT = "demo.json"
 _SEALED = frozenset({".onnx", ".onnx_adapter", ".safetensors"})
-_SUM = re.compile(r"([0-9a-f]{64})  ([^\n]+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,17 +115,9 @@ def description_of(path: Path, given: Path) -> Description | None:
 
 
 def _sums(path: Path) -> Description:
-    if path.stat().st_size > MAX_BYTES:
-        return Description(problems=(f"it is larger than {MAX_BYTES} bytes",))
-    with TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace") as file:
-        text = file.read()
-    lines = text.split("\n")
-    found = [(line, _SUM.fullmatch(line)) for line in lines[:-1]]
-    problems = [f"line {number + 1} is not a hash and a name" for number, (_, m) in enumerate(found) if not m]
-    if lines[-1]:
-        problems.append("its last line does not end with a line break")
-    claims = tuple(Claim(place=match[2], sha256=match[1], whole=True) for _, match in found if match)
-    return Description(claims=claims, problems=tuple(problems))
+    listed = read_sums(path)
+    claims = tuple(Claim(place=name, sha256=sha256, whole=True) for name, sha256 in listed.files)
+    return Description(claims=claims, problems=listed.problems)
 
 
 def _may_list(path: Path) -> bool:

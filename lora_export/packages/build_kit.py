@@ -30,13 +30,13 @@ from lora_export.storage.folders import refuse_strangers
 from lora_export.storage.hashes import hash_written, sha256_of
 from lora_export.storage.inputs import same_inputs
 from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_existing, refuse_inputs
-from lora_export.untrusted.documents import MAX_BYTES, open_regular
+from lora_export.storage.sums.listed import NAME as SUMS
+from lora_export.storage.sums.listed import read_sums
 from lora_export.untrusted.places import is_folder, is_link
 
 PathLike = str | os.PathLike[str]
 _MIB = 1 << 20
 _TEMPLATES = "kit"
-_SUMS = "SHA256SUMS"
 _OF_A_KIT = {"build.sh", "finish.py", "record.json"}
 _KEY = re.compile("@([A-Z]+)@")
 # In an input's name, trtexec splits at a comma, drops an apostrophe, and reads an asterisk as any name. A
@@ -126,12 +126,10 @@ def _check_kit(path: Path) -> None:
         refuse_strangers(path, (), "kit")
         return
     try:
-        with open_regular(path / _SUMS) as file:
-            lines = file.read(MAX_BYTES).decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        lines = []
-    listed = {line[64:].removeprefix("  ") for line in lines if line[64:66] == "  "}
-    refuse_strangers(path, {_SUMS, *listed} if listed >= _OF_A_KIT else (), "kit")
+        listed = {name for name, _ in read_sums(path / SUMS).files}
+    except OSError:
+        listed = set()
+    refuse_strangers(path, {SUMS, *listed} if listed >= _OF_A_KIT else (), "kit")
 
 
 def _check_inputs(profiles: Iterable[Profile]) -> None:
@@ -165,7 +163,7 @@ def _write(plan: BuildPlan, group: Group, source: EngineSource, folder: Path) ->
     (folder / "build.sh").chmod(0o755)
     listed = sorted(path for path in folder.iterdir())
     sums = "".join(f"{sha256_of(path)}  {path.name}\n" for path in listed)
-    (folder / _SUMS).write_text(sums, encoding="utf-8")
+    (folder / SUMS).write_text(sums, encoding="utf-8")
 
 
 def _script(plan: BuildPlan, group: Group, engine: str) -> str:
