@@ -185,17 +185,19 @@ def compose_yaml(path: Path, error: type[LoraExportError], what: str) -> yaml.No
     """
     import yaml
 
+    from lora_export.untrusted.yaml_nodes import BoundedLoader
+
     raw = _bytes_of(path, MAX_YAML_BYTES, error, what)
     try:
-        root = yaml.compose(_decoded(raw), Loader=yaml.SafeLoader)
+        root = yaml.compose(_decoded(raw), Loader=BoundedLoader)
         _refuse_many(root)
     except DocumentError as found:
-        raise error(f"{path} can't be read as YAML: {found}", f"correct the {what}") from found
-    except RecursionError as found:
         raise error(
-            f"{path} can't be read as YAML: it is nested deeper than {MAX_DEPTH} levels",
-            f"correct the {what}",
+            f"{path} can't be read as YAML: {found}", f"correct the {what}; a long one can be split"
         ) from found
+    except OverflowError as found:  # "\UFFFFFFFF"
+        reason = "an escape in it stands for no character"
+        raise error(f"{path} is not YAML: {reason}", "escape characters up to \\U0010FFFF") from found
     except (yaml.YAMLError, ValueError) as found:
         reason = " ".join(str(found).split())
         raise error(f"{path} is not YAML: {reason}", "correct the syntax at that place") from found
@@ -212,10 +214,12 @@ def open_regular(path: Path) -> BufferedReader:
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
         raise
+    # From here on the file closes it: after a signal in between, a second close would fail, and its error
+    # would take the place of the signal's.
+    return os.fdopen(handle, "rb")
 
 
 def _bytes_of(path: Path, most: int, error: type[LoraExportError], what: str = "") -> bytes:

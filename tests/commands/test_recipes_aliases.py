@@ -26,6 +26,10 @@ HOSTILE = {
     "flags": f"{HEAD}steps:\n"
     + f'{MERGE}adapter: a, force: &a "{"x" * 400_000}"}}\n'
     + f"{MERGE}adapter: a, force: *a}}\n" * 200,
+    "many words": f"name: [{'a,' * 255_000}]",
+    "many lists": f"name: [{'[],' * 170_000}]",
+    "lists in lists": f"name: [{('[' * 60 + ']' * 60 + ',') * 4000}]",
+    "too deep lists": f"name: [{('[' * 300 + ']' * 300 + ',') * 830}]",
     "one long word": f"{HEAD}steps:\n{MERGE}adapter: a, force: {'x' * 500_000}}}\n",
 }
 
@@ -58,6 +62,23 @@ def test_letters_of_aliases_are_counted(tmp_path: Path) -> None:
             continue
         with pytest.raises(RecipeError, match=f"more than {MAX_YAML_BYTES} letters"):
             compose_yaml(path, RecipeError, "recipe")
+
+
+def test_a_long_recipe_has_no_aliases(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(HEAD + "steps:\n" + "- doctor: {json: true}\n" * 20_000)
+    with pytest.raises(RecipeError, match="more than 50000 keys, values and lists") as caught:
+        compose_yaml(path, RecipeError, "recipe")
+    assert "aliases" not in caught.value.message
+    assert "split" in caught.value.hint
+
+
+@pytest.mark.parametrize("escape", ["\\UFFFFFFFF", "\\U80000000", "\\U00110000"])
+def test_an_escape_of_no_character_is_an_error(escape: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(f'name: "{escape}"')
+    with pytest.raises(RecipeError, match="is not YAML"):
+        compose_yaml(path, RecipeError, "recipe")
 
 
 @pytest.mark.parametrize("key", ["[a, b]", "{a: b}", "? [name]\n"])

@@ -104,3 +104,17 @@ def test_files_and_links_to_them_are_opened(tmp_path: Path) -> None:
             assert file.read() == b"x"
     with pytest.raises(OSError, match="not a regular file"):
         open_regular(tmp_path)
+
+
+def test_an_interrupt_while_a_file_is_opened_stays_one(tmp_path, monkeypatch):
+    """The file object is made, and lost with the frame that the signal broke into."""
+    path, real = tmp_path / "x.json", os.fdopen
+    path.write_text("{}")
+
+    def interrupted(handle, mode):
+        real(handle, mode).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fdopen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_regular(path)
