@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from lora_export.commands.verb import Verb
 from lora_export.progress import is_terminal, spoken
 from lora_export.reports import PICTURES
 from lora_export.storage.inputs import same_inputs
+from lora_export.untrusted.json_text import json_text
 from lora_export.untrusted.places import is_folder
 
 if TYPE_CHECKING:
@@ -77,9 +77,7 @@ def inspect(
         given = {"--base": base, "--report": reports or None, "--plot": plot, **options}
         _refuse_options(found.kind, adapter, given)
         if as_json:
-            print_json(
-                json.dumps(found.as_dict(), indent=1, sort_keys=True, ensure_ascii=False, default=list)
-            )
+            print_json(json_text(found.as_dict(), sort_keys=True, allow_nan=False, default=list))
         else:
             print_lines(found.lines)
         return

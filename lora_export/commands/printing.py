@@ -23,8 +23,24 @@ from lora_export.errors import LoraExportError
 from lora_export.progress import spoken
 from lora_export.untrusted.shown import error_lines, limited, shown_lines
 
-# Characters in a JSON text that a terminal may act on, and "##[", which GitHub obeys anywhere in a line.
-_ACTING = re.compile(r"[^\n -~]|#(?=#(?:\w+)?\[)")
+# "##[" and "##vso[", which CI services obey anywhere in a line.
+_ANYWHERE = re.compile(r"##(?:\w+)?\[")
+
+# Number of characters that are looked up once: there are a million of them.
+_KEPT = 1 << 14
+
+
+class _Acting(dict[int, str]):
+    """Characters in a JSON text that a terminal may act on, each with its escape, as `str.translate` asks."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        if character != "\n" and not character.isprintable():
+            units = character.encode("utf-16-be", "surrogatepass")
+            character = "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
+        if len(self) < _KEPT:
+            self[code] = character
+        return character
 
 
 class _ShownRecord(logging.LogRecord):
@@ -104,7 +120,9 @@ def print_warnings(lines: Iterable[str]) -> None:
 
 def print_json(text: str) -> None:
     """Print a JSON text to stdout, escaped for terminals, with the same data."""
-    exact = _ACTING.sub(_escaped, text)
+    exact = text.translate(_Acting())
+    if _ANYWHERE.search(exact):
+        exact = exact.replace("##", "\\u0023\\u0023")
     context = click.get_current_context(silent=True)
     if context is not None and isinstance(context.obj, Answer):
         context.obj.is_given = True
@@ -139,11 +157,3 @@ def print_plain_error(message: str, hint: str = "") -> None:
 
 def _below(error: LoraExportError) -> list[str]:
     return error_lines("", error.problems, error.hint)[1:]
-
-
-def _escaped(match: re.Match[str]) -> str:
-    character = match.group()
-    if character.isprintable() and character != "#":
-        return character
-    units = character.encode("utf-16-be", "surrogatepass")
-    return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
+from lora_export.untrusted.json_text import json_text
 
 
 @click.command(
@@ -51,7 +51,7 @@ def verify(paths: tuple[Path, ...], as_json: bool, quiet: bool, allow_sampled: b
         report = check(paths, progress)
     failures = report.failures(allow_sampled)
     if as_json:
-        print_json(json.dumps(report.as_dict() | {"passed": not failures}, indent=1, ensure_ascii=False))
+        print_json(json_text(report.as_dict() | {"passed": not failures}))
     else:
         print_lines(file_lines(report, quiet))
         if not failures and not quiet:

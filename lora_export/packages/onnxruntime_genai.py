@@ -7,7 +7,6 @@ need no entry. Other graphs, weights, adapters, folders, and our manifests are n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from lora_export.storage.beside import without_equal
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.outputs import refuse_replacing
 from lora_export.untrusted.documents import open_regular, read_json
+from lora_export.untrusted.json_text import json_text
 from lora_export.untrusted.links import link_problems
 from lora_export.untrusted.places import is_file, is_folder
 
@@ -161,4 +161,4 @@ def _renamed(config: Any, base: Path, output: Path) -> bytes:
             }
         return [rename(inner) for inner in value] if isinstance(value, list) else value
 
-    return (json.dumps(rename(config), indent=4) + "\n").encode()
+    return (json_text(rename(config), indent=4, ensure_ascii=True) + "\n").encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Container, Iterator, Sequence
 from fnmatch import fnmatch
@@ -20,6 +19,7 @@ from lora_export.errors import CheckpointError
 from lora_export.modes.merging.checkpoint_layout import Layout
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.safetensors import read_file_header
+from lora_export.untrusted.json_text import json_text
 from lora_export.untrusted.links import refuse_links
 from lora_export.untrusted.places import is_folder, is_link
 from lora_export.untrusted.texts import is_utf8
@@ -138,7 +138,7 @@ def write_index(checkpoint: Checkpoint, layouts: Sequence[Layout], folder: Path)
     index["weight_map"] = dict(sorted(names.items()))
     if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
         index["metadata"]["total_size"] = size
-    (folder / checkpoint.index.name).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    (folder / checkpoint.index.name).write_text(json_text(index, indent=2, ensure_ascii=True) + "\n", "utf-8")
 
 
 def write_config(
@@ -162,5 +162,5 @@ def write_config(
         config = resized_config(config, *placed.vocabulary)
     if placed.untied:
         config = untied_config(config)
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    text = json_text(config, indent=2) + "\n"
     (folder / "config.json").write_text(text, "utf-8")
