@@ -9,6 +9,12 @@ Needs nothing but Python's standard library, 3.8 or newer.
 
 from __future__ import annotations
 
+import signal
+
+# Ctrl-C ends this without a traceback, also while the rest is imported.
+if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import fcntl
 import hashlib
@@ -17,11 +23,14 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Optional
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 IDENTITY = r"[0-9a-f]{6}-[0-9]{1,10}-[0-9a-f]{12}"
+# A run makes its lease's folder at once: after so long without one, it has ended.
+YOUNG_S = 60.0
 
 
 def kernel() -> str:
@@ -59,16 +68,21 @@ def remove_left(out: Path) -> None:
 
 def remove(lease: Path, own: Path) -> None:
     """Remove a folder and its lease if this user's run that held it has ended."""
-    if not own.is_dir() or own.is_symlink():
-        return  # a lease without its folder is one that is just being locked
+    alone = not os.path.lexists(str(own))
+    if not alone and (not own.is_dir() or own.is_symlink()):
+        return
+    if alone and time.time() - os.lstat(str(lease)).st_mtime < YOUNG_S:
+        return  # it is just being locked
     handle = os.open(str(lease), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         found = os.fstat(handle)
         if found.st_uid != os.geteuid() or found.st_size or not take(handle, lease):
             return
-        shutil.rmtree(str(own))
+        if not alone:
+            shutil.rmtree(str(own))
         lease.unlink()
-        print(f"removed {own}, which an ended run had left", file=sys.stderr)
+        if not alone:
+            print(f"removed {own}, which an ended run had left", file=sys.stderr)
     finally:
         os.close(handle)
 
@@ -76,6 +90,9 @@ def remove(lease: Path, own: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) == 2:
         remove_left(Path(sys.argv[1]))
-        print(f"{kernel()}-{os.getpid()}-{secrets.token_hex(6)}")
+        try:
+            print(f"{kernel()}-{os.getpid()}-{secrets.token_hex(6)}", flush=True)
+        except BrokenPipeError:  # the shell has been ended
+            os._exit(1)
     elif take(int(sys.argv[3]), Path(sys.argv[2])) is False:
         sys.exit(f"Error: another run has removed {sys.argv[2]}: run it again")

@@ -4,10 +4,24 @@
 # With TensorRT's own @TOOL@ (or $TRTEXEC); without it, with lora-export.
 set -eu
 
-kit=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+# Prints the whole path of a folder, and an x: without it, a line break at the name's end would be lost.
+# "-" alone would be the folder before.
+whole() {
+  case $1 in
+    /*) cd -- "$1" ;;
+    *) cd -- "./$1" ;;
+  esac >/dev/null && pwd && echo x
+}
+case $0 in
+  */*) kit=${0%/*}/ ;;
+  *) kit=. ;;
+esac
+kit=$(whole "$kit")
+kit=${kit%?x}
 out=${1:-.}
 mkdir -p -- "$out"
-out=$(CDPATH='' cd -- "$out" && pwd)
+out=$(whole "$out")
+out=${out%?x}
 
 (cd -- "$kit" && sha256sum -c --quiet SHA256SUMS) || {
   echo "Error: the kit is damaged: copy it again" >&2
@@ -42,14 +56,15 @@ fi
 engine=@ENGINE@
 # A folder of this run's own: another run may build into the same one. Its name and its lock are those of
 # lora-export's own temporary files: what a killed run leaves is known to be left.
-own=$out/.lora-export-$(python3 "$kit/begin.py" "$out")
+# (-I, -S: nothing but the standard library is imported, whatever lies beside the script.)
+own=$out/.lora-export-$(python3 -I -S "$kit/begin.py" "$out")
 lease=$own.lease
 trap 'rm -rf -- "$own"; rm -f -- "$lease"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 (umask 077 && : >"$lease")
 exec 9>"$lease"
-python3 "$kit/begin.py" "$out" "$lease" 9 || exit 1
+python3 -I -S "$kit/begin.py" "$out" "$lease" 9 || exit 1
 mkdir -m 700 -- "$own"
 
 keep_log() {
@@ -63,12 +78,12 @@ keep_log() {
 
 if ! "$tool" --onnx="$kit"/@MODEL@ --saveEngine="$own/engine" \
     @FLAGS@ >"$own/log" 2>&1; then
-  tail -n 20 -- "$own/log" >&2
+  python3 -I -S "$kit/finish.py" "$own/log" >&2 || true
   keep_log
   printf 'Error: %s could not build the engine; all of its messages are in %s\n' "$tool" "$log" >&2
   exit 1
 fi
-if ! python3 "$kit/finish.py" "$kit/record.json" "$own/engine" "$own/log" "$out/$engine"; then
+if ! python3 -I -S "$kit/finish.py" "$kit/record.json" "$own/engine" "$own/log" "$out/$engine"; then
   keep_log
   printf 'hint: the messages of %s are in %s\n' "$tool" "$log" >&2
   exit 1

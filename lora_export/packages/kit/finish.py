@@ -1,11 +1,18 @@
 """Complete an engine record with facts that only the building machine knows, and give all files their names.
 
 Usage: python3 finish.py record.json BUILT LOG ENGINE
+       python3 finish.py LOG  prints the end of a log as text
 BUILT and LOG lie in a separate folder on the same disk as ENGINE. The log and the record go beside ENGINE.
 Needs nothing but Python's standard library, 3.8 or newer.
 """
 
 from __future__ import annotations
+
+import signal
+
+# Ctrl-C ends this without a traceback while the rest is imported.
+if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
 import errno
@@ -15,12 +22,31 @@ import json
 import os
 import platform
 import re
-import signal
 import sys
 from pathlib import Path
 
 # What ends a run from outside, if it may.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# The end of a log that is printed: bytes, lines, and letters of a line.
+END_BYTES, END_LINES, LINE = 1 << 16, 20, 2000
+
+
+def print_end(log: Path) -> None:
+    """Print the last lines of a log, which quotes the names in a graph, as text.
+
+    lora-export shows names in the same way: no escape sequence, and no command to a CI service, reaches a
+    terminal. Lines are set in, so that none of them begins as a line of ours does.
+    """
+    with log.open("rb") as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - END_BYTES, 0))
+        text = file.read().decode("utf-8", "replace")
+    for line in text.rstrip("\n").split("\n")[-END_LINES:]:
+        kept = "".join(
+            letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+            for letter in line.rstrip("\r")[:LINE]
+        )
+        kept = re.sub(r"^(\s*):(?=:)", r"\1\\x3a", kept)
+        print("  " + re.sub(r"#(?=#(?:\w+)?\[)", r"\\x23", kept))
 
 
 def version_in(log: str) -> str:
@@ -170,7 +196,10 @@ if __name__ == "__main__":
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
     try:
-        main(*sys.argv[1:])
+        if len(sys.argv) == 2:
+            print_end(Path(sys.argv[1]))
+        else:
+            main(*sys.argv[1:])
     except OSError as failure:
         sys.exit(f"Error: {failure}")
     except KeyboardInterrupt:
