@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import click
 
 from lora_export.commands.printing import print_lines
 from lora_export.untrusted.places import is_file, is_folder
+from lora_export.untrusted.shown import command
 
 Words = list[str | Path]
 # Options that say how an adapter's file is read: the next verb has to read it in the same way.
@@ -32,8 +32,13 @@ def print_next(context: click.Context) -> None:
     make = _NEXT.get(context.info_name or "")
     if make is None or in_recipe or any(given.get(name) for name in ("dry_run", "as_json", "quiet")):
         return
-    if words := make(given):
-        print_lines([f"next: {shlex.join(['lora-export', *map(str, words)])}"], err=True)
+    if (words := make(given)) and (text := command(["lora-export", *map(_word, words)])):
+        print_lines([f"next: {text}"], err=True)
+
+
+def _word(word: str | Path) -> str:
+    # Typed as it is, a path would be read as an option.
+    return f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
 
 
 def _reading(given: Mapping[str, Any], format_flag: str = "--format") -> Words:

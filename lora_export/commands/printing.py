@@ -21,7 +21,7 @@ import click
 
 from lora_export.errors import LoraExportError
 from lora_export.progress import spoken
-from lora_export.untrusted.shown import error_lines, limited, shown_lines
+from lora_export.untrusted.shown import MAX_LINE, error_lines, limited, shown_lines
 
 # "##[" and "##vso[", which CI services obey anywhere in a line.
 _ANYWHERE = re.compile(r"##(?:\w+)?\[")
@@ -106,9 +106,9 @@ def _shown(text: str) -> str:
     return "\n  ".join(shown_lines(text.rstrip("\n").split("\n")))
 
 
-def print_lines(lines: Iterable[str], err: bool = False) -> None:
-    """Print lines, to stderr if ``err``."""
-    text = "\n".join(shown_lines(lines))
+def print_lines(lines: Iterable[str], err: bool = False, most: int = MAX_LINE) -> None:
+    """Print lines, to stderr if ``err``; longer ones than ``most`` are cut in the middle."""
+    text = "\n".join(shown_lines(lines, most))
     spoken(lambda: click.echo(text, err=err), err)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,18 +49,20 @@ class Step:
         verb: Name of the verb.
         arguments: Words that would be typed after it.
         command: The verb's click command.
+        options: Names of the options among the arguments.
     """
 
     verb: str
     arguments: tuple[str, ...]
     command: click.Command
+    options: tuple[str, ...] = ()
 
     def with_flag(self, flag: str) -> Step:
         """Return the step with ``--flag`` added, or unchanged if the verb has no such flag."""
         known = _options_of(self.command).get(flag)
-        if known is None or f"--{flag}" in self.arguments:
+        if known is None or flag in self.options:
             return self
-        return Step(self.verb, (f"--{flag}", *self.arguments), self.command)
+        return Step(self.verb, (f"--{flag}", *self.arguments), self.command, (*self.options, flag))
 
     def __str__(self) -> str:
         return shlex.join(["lora-export", self.verb, *self.arguments])
@@ -173,18 +175,31 @@ class _Reader:
         missing = [name for name, parameter in known.items() if parameter.required and name not in given]
         if missing:
             self._complain(node, f"{where}: missing {', '.join(repr(name) for name in missing)}")
+        self._refuse_same(where, known, node=node, given=given)
         arguments: list[str] = []
         options_typed: list[str] = []
+        names: list[str] = []
         for name, value in given.items():
             words = self._words(f"{where}: {name!r}", name, known[name], value)
             if isinstance(known[name], click.Argument):
                 arguments = [*words, *arguments]
             else:
                 options_typed += words
+                names += [name] * bool(words)
         if any(word.startswith("-") for word in arguments):
             # A file may have the name "--help": an argument is never read as an option.
-            return Step(verb, (*options_typed, "--", *arguments), command)
-        return Step(verb, (*arguments, *options_typed), command)
+            return Step(verb, (*options_typed, "--", *arguments), command, tuple(names))
+        return Step(verb, (*arguments, *options_typed), command, tuple(names))
+
+    def _refuse_same(
+        self, where: str, known: Mapping[str, click.Parameter], *, node: yaml.Node, given: Iterable[str]
+    ) -> None:
+        """Record a problem for each option that is given by two of its names: the last would silently win."""
+        first: dict[int, str] = {}
+        for name in given:
+            before = first.setdefault(id(known[name]), name)
+            if before != name:
+                self._complain(node, f"{where}: {before!r} and {name!r} are one option")
 
     def _words(self, where: str, name: str, parameter: click.Parameter, node: yaml.Node) -> list[str]:
         """Return the words that would be typed for one option."""

@@ -8,6 +8,11 @@ import click
 
 from lora_export.commands.printing import print_lines
 from lora_export.commands.verb import Verb
+from lora_export.untrusted.documents import MAX_YAML_BYTES
+from lora_export.untrusted.shown import command
+
+# A printed command is copied, so none is cut; each quote takes five letters, each odd one up to ten.
+_LONGEST = 10 * MAX_YAML_BYTES
 
 
 @click.command(cls=Verb, short_help="Run a recipe: several verbs with their options, from a YAML file.")
@@ -43,12 +48,14 @@ def run(context: click.Context, recipe: Path, force: bool, dry_run: bool, quiet:
     for flag in flags:
         steps = [step.with_flag(flag) for step in steps]
     if dry_run:
-        print_lines(str(step) for step in steps)
+        print_lines(map(str, steps), most=_LONGEST)
         return
     loaded.check_needs()
     for number, step in enumerate(steps, 1):
         if not quiet:
-            print_lines([f"step {number} of {len(steps)}: {step}"], err=True)
+            text = command(["lora-export", step.verb, *step.arguments])
+            text = text or f"lora-export {step.verb}, with words that --dry-run prints"
+            print_lines([f"step {number} of {len(steps)}: {text}"], err=True)
         try:
             with (
                 reading([recipe]),

@@ -15,11 +15,12 @@ from lora_export.engines.prepare.prepare import Admitted, admit
 from lora_export.engines.profiles import ProfileRequest, make_profiles
 from lora_export.engines.record import BuildOptions, EngineRecord, EngineSource, Port, Profile, record_path
 from lora_export.engines.source import largest_sizes, ports_of
-from lora_export.errors import BackendError
+from lora_export.errors import BackendError, GraphError
 from lora_export.graph.exposed import KEY
 from lora_export.graph.onnx_file import load_graph
 from lora_export.graph.roles import role_of
 from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES, Target, find_target
+from lora_export.untrusted.texts import is_utf8
 
 PathLike = str | os.PathLike[str]
 # Every GPU that TensorRT-RTX builds for, by compute capability.
@@ -163,6 +164,9 @@ def plan_build(model: PathLike, request: BuildRequest, *, here: bool = True) -> 
     _check_options(groups, request, here)
     graph = load_graph(model, portable=True)
     reads = tuple(graph_files(graph))
+    if not is_utf8(graph.path.name):
+        # The record holds it.
+        raise GraphError(f"the name of the graph {graph.path} is not UTF-8", "rename it")
     name = request.name or graph.path.stem
     _check_name(name)
     admitted = admit(graph, _capabilities(groups))

@@ -38,9 +38,12 @@ def free_names(graph: GraphFile) -> None:
         return
     taken = {str(value.name) for value in graph.initializers()}
     taken |= {str(output.name) for node in graph.graph.all_nodes() for output in node.outputs}
+    numbers = dict[str, int]()
     for value in found:
-        number = 1
+        # Graphs within graphs may all have the same name: the search goes on where it ended.
+        number = numbers.get(str(value.name), 1)
         while (name := f"{value.name}.{number}") in taken:
             number += 1
         taken.add(name)
+        numbers[str(value.name)] = number
         value.name = name

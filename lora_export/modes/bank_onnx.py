@@ -39,6 +39,7 @@ from lora_export.sites.resolve import Resolver
 from lora_export.sites.values.ranges import cut_off
 from lora_export.storage.inputs import same_inputs
 from lora_export.untrusted.places import is_folder
+from lora_export.untrusted.texts import is_utf8
 
 PathLike = str | os.PathLike[str]
 
@@ -204,9 +205,9 @@ def _load(adapters: Mapping[str, PathLike | Adapter], component: str | None) -> 
     if not isinstance(adapters, Mapping):
         raise AdapterError("a bank needs adapters with names", "give a mapping of names to adapters")
     problems = [
-        f"{name!r}: a slot's name is a word without commas or spaces"
+        f"{name!r}: a slot's name is a word in UTF-8, without commas or spaces"
         for name in adapters
-        if not name or any(c in name for c in ", \t\n=")
+        if not name or any(c in name for c in ", \t\n=") or not is_utf8(name)
     ]
     if problems or not adapters:
         raise AdapterError("a bank needs adapters with names", "give --adapter NAME=PATH for each", problems)

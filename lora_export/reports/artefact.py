@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 from lora_export.plan import align
 from lora_export.reports.merge import size_text
 from lora_export.untrusted.places import exists, is_file, is_folder, listed
-from lora_export.untrusted.shown import limited
+from lora_export.untrusted.shown import command, limited
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -137,7 +136,7 @@ def _graph(path: Path) -> Artefact:
     manifest = path.with_name(f"{path.stem}{_MANIFEST}")
     if is_file(manifest):
         words = ["lora-export", "inspect", str(manifest)]
-        lines.append(f"manifest  {manifest.name}: {shlex.join(words)}")
+        lines.append(f"manifest  {manifest.name}: {command(words) or 'inspect it'}")
     return Artefact("graph", facts, tuple(lines))
 
 
@@ -222,12 +221,14 @@ def _manifest(path: Path) -> Artefact:
         f"manifest  {path.name} of {manifest.mode}",
         f"base      {', '.join(limited(files, 'files', _NAMED))}",
     ]
-    lines += [f"adapter   {_adapter(entry)}" for entry in manifest.adapters]
+    lines += limited([f"adapter   {_adapter(entry)}" for entry in manifest.adapters], "adapters")
     rows = manifest.plan.get("rows", [])
     actions = Counter(str(row.get("action")) for row in rows)
     if actions:
-        lines.append("plan      " + ", ".join(f"{count} {action}" for action, count in actions.most_common()))
-    lines += [f"file      {name} ({size_text(entry.size_bytes)})" for name, entry in manifest.files.items()]
+        counts = [f"{count} {action}" for action, count in actions.most_common()]
+        lines.append(f"plan      {', '.join(limited(counts, 'kinds', _NAMED))}")
+    written = [f"file      {name} ({size_text(entry.size_bytes)})" for name, entry in manifest.files.items()]
+    lines += limited(written, "files")
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     return Artefact("manifest", facts, (*lines, f"versions  {versions}"))
 
@@ -283,9 +284,14 @@ def _genai(path: Path, given: Path) -> Artefact:
         f"model     {model.get('type')}, context of {model.get('context_length')} tokens, "
         f"vocabulary of {model.get('vocab_size')}",
     ]
-    for name, part in parts.items():
-        lines.append(f"{name:<9} {part['filename']}{_absence(path, str(part['filename']))}")
-    lines += [f"adapter   {name}" for name in adapters]
+    lines += limited(
+        [
+            f"{name:<9} {part['filename']}{_absence(path, str(part['filename']))}"
+            for name, part in parts.items()
+        ],
+        "parts",
+    )
+    lines += limited([f"adapter   {name}" for name in adapters], "adapters")
     return Artefact("genai folder", facts, tuple(lines))
 
 

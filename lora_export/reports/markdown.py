@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from lora_export.untrusted.shown import MAX_CELL, printable, shown
+from lora_export.untrusted.shown import MAX_CELL, printable, shown, shown_lines
 
 # Characters that begin a construct of GitHub's or GitLab's Markdown within a line: emphasis, code, links
 # (bare ones too), HTML, cells, mentions, formulas.
@@ -38,7 +38,7 @@ def section(title: str, lines: Sequence[str]) -> list[str]:
 
 def block(lines: Iterable[str]) -> list[str]:
     """Return lines as they would be printed, in a block of code, and an empty line."""
-    kept = [printable(line) for line in lines]
+    kept = shown_lines(lines)
     # A fence ends at one of equal length, so it is longer than any in the lines.
     fence = "`" * max([3, *(len(run) + 1 for line in kept for run in re.findall("`+", line))])
     return [fence + "text", *kept, fence, ""] if kept else []

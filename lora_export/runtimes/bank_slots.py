@@ -6,6 +6,7 @@ flight sees the bank as it was when it started.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from lora_export.runtimes.adapter_cache import did_you_mean, unknown_adapter
 from lora_export.runtimes.feeds import Feeds
 from lora_export.runtimes.model import Model, R
 from lora_export.storage.inputs import refuse_changed_inputs, same_inputs
+from lora_export.untrusted.fields import nearest_float
 from lora_export.untrusted.shown import limited
 
 # A request's entry for one row: an adapter, None, or several adapters with their weights.
@@ -306,10 +308,13 @@ def _fill_row(weights: Array, row: object, slots: Mapping[str, int]) -> list[str
         return [f"{type(row).__name__}, wanted a name, None, or a dict of names and weights"]
     problems = []
     for name, weight in row.items():
+        near = nearest_float(weight) if isinstance(weight, Real) else math.nan
         if name not in slots:
             problems.append(f"no adapter {name!r}")
-        elif not isinstance(weight, Real) or not abs(float(weight)) <= _LARGEST:
-            problems.append(f"{name}: weight {weight!r}, wanted a finite number that float32 can hold")
+        elif not abs(near) <= _LARGEST:
+            # An integer may be too long to be printed.
+            text = repr(near if isinstance(weight, int) else weight)
+            problems.append(f"{name}: weight {text}, wanted a finite number that float32 can hold")
         else:
-            weights[slots[name]] = weight
+            weights[slots[name]] = near
     return problems

@@ -16,7 +16,17 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    SupportsFloat,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from lora_export.untrusted.shown import shown
 
@@ -275,10 +285,7 @@ class _Checker:
         return data
 
     def _float(self, data: Any, where: str) -> float:
-        try:
-            number = float(data)
-        except OverflowError:
-            number = math.inf
+        number = nearest_float(data)
         if not math.isfinite(number):
             self._complain(where, data, "a finite number")
         return number
@@ -293,6 +300,14 @@ _PLAIN: dict[Any, str] = {
     dict: "an object",
     list: "a list",
 }
+
+
+def nearest_float(number: SupportsFloat) -> float:
+    """Return a number as a float: infinity for one that is larger than any, or smaller."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def seen(data: object) -> str:

@@ -9,6 +9,7 @@ stays exact, with escapes of its own.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -56,6 +57,15 @@ def shown(text: object, most: int = MAX_LINE) -> str:
 def safe(text: object, most: int = MAX_LINE) -> str:
     """Return a text that is only text in HTML, in a quoted attribute, in SVG, and in a log that prints it."""
     return escape(shown(text, most), quote=True)
+
+
+def command(words: Iterable[object]) -> str:
+    """Return words as a shell reads them; "" if they are so many that a line would be cut.
+
+    A part of a command is another one: cut between quotes, a name's own words would be run.
+    """
+    text = shlex.join(map(str, words))
+    return text if len(text) <= MAX_LINE else ""
 
 
 def shown_lines(lines: Iterable[object], most: int = MAX_LINE) -> list[str]:

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from small_graphs import adapter, graph, linear, save
 
-from lora_export import AdapterError, GraphError, swap_onnx
+from lora_export import (
+    AdapterError,
+    AdapterSession,
+    GraphError,
+    bank_onnx,
+    load_adapter,
+    merge_onnx,
+    swap_onnx,
+)
 from lora_export.cli import _run
 from lora_export.commands import COMMANDS
 from lora_export.modes import swap_onnx as swap
@@ -80,3 +88,19 @@ def test_no_manifest_is_written_that_can_not_be_read(tmp_path: Path) -> None:
         with pytest.raises(GraphError):
             Manifest(**values).save(path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**5000)], ids=["10^400", "-10^5000"])
+def test_numbers_of_callers_that_no_float_holds_are_errors(number: int, tmp_path: Path) -> None:
+    one, graph_file, banked = adapter(linear("a", WIDTH, WIDTH)), base(tmp_path), tmp_path / "bank.onnx"
+    with pytest.raises(AdapterError) as caught:
+        merge_onnx(graph_file, [one], tmp_path / "m.onnx", weights=[number])
+    assert any("finite number" in problem for problem in caught.value.problems)
+    bank_onnx(graph_file, {"a": one}, banked)
+    session, feed = AdapterSession(banked), {"x": np.ones((1, WIDTH), np.float32)}
+    with pytest.raises(AdapterError) as caught:
+        session.run(feed, adapters=[{"a": number}])
+    assert any("finite number" in problem for problem in caught.value.problems)
+    for option in ("alpha", "rank"):
+        with pytest.raises(AdapterError, match="not a valid scaling"):
+            load_adapter(tmp_path, **{option: number})  # type: ignore[arg-type]

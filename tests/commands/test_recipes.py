@@ -13,7 +13,7 @@ import click
 import demos
 import pytest
 
-from lora_export.cli import _run, main
+from lora_export.cli import _run, main, root
 from lora_export.commands import recipe
 from lora_export.commands.own_recipes import find_recipe, own_recipes
 from lora_export.commands.recipe import load_recipe
@@ -371,3 +371,48 @@ def test_of_many_problems_the_first_are_listed(place, tmp_path, monkeypatch):
     assert 0 < len(looked) <= 100
     assert max(looked) <= 101
     assert max(map(len, caught.value.problems)) < 1000
+
+
+def test_a_printed_command_runs_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a quoted name would be cut, its own words would be read as commands."""
+    path, mark = tmp_path / "recipe.yaml", tmp_path / "mark"
+    for cut in range(440, 500, 3):
+        word = "A" * 3000 + f"'; touch {mark}; #" + "B" * cut
+        text = f"name: n\ndescription: d\nneeds: []\nsteps:\n- inspect: {{adapter: {json.dumps(word)}}}\n"
+        path.write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            main(["run", str(path), "--dry-run"])
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        script = "lora-export() { printf '%s\\0' \"$@\"; }\n" + printed
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        assert done.stdout.split("\0")[:-1] == ["inspect", word]
+        assert not mark.exists()
+
+
+def test_a_long_step_is_not_printed_in_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"name: n\ndescription: d\nneeds: []\nsteps:\n- inspect: {{adapter: {'a' * 3000}}}\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(path)])
+    assert stop.value.code == 1
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == "step 1 of 1: lora-export inspect, with words that --dry-run prints"
+
+
+def test_a_value_is_not_taken_for_a_flag(tmp_path: Path) -> None:
+    (step,) = read(tmp_path, "steps:\n- blend: {adapter: --force, output: --force}\n").steps
+    assert step.with_flag("force").arguments[0] == "--force"
+    assert step.with_flag("force").with_flag("force") == step.with_flag("force")
+    (given,) = read(tmp_path, "steps:\n- blend: {adapter: a, output: b, force: true}\n").steps
+    assert given.with_flag("force") is given
+
+
+def test_an_option_under_two_names_is_given_twice(tmp_path: Path) -> None:
+    text = "steps:\n- inspect: {adapter: a, component: x, scope: y}\n"
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: n\ndescription: d\nneeds: []\n" + text)
+    command = root.get_command(click.Context(root), "inspect")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["inspect"], lambda _verb: command)
+    assert caught.value.problems == ("line 5: step 1 (inspect): 'component' and 'scope' are one option",)

@@ -15,7 +15,7 @@ from lora_export.commands.build_engine import build_engine
 from lora_export.engines.plan import BuildRequest
 from lora_export.engines.profiles import ProfileRequest
 from lora_export.engines.record import read_engine
-from lora_export.errors import BackendError
+from lora_export.errors import BackendError, GraphError
 from lora_export.packages.build_kit import KitReport, fill, write_kits
 from lora_export.reports.engine import kit_lines
 
@@ -189,3 +189,12 @@ def test_the_command_to_copy_is_one_command(name):
         ["bash", "-c", f'sh() {{ printf "%s\\0" "$@"; }}; {command}'], capture_output=True, check=True
     )
     assert printed.stdout.decode().split("\0")[:-1] == [script]
+
+
+def test_a_graph_whose_name_no_record_can_hold_is_refused(tmp_path):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    kit_of(folder, "x", BuildRequest(targets=["orin-nano-8gb"], name="m"))
+    odd = (folder / "m.onnx").rename(folder / os.fsdecode(b"m\xff.onnx"))
+    with pytest.raises(GraphError, match="is not UTF-8"):
+        write_kits(odd, BuildRequest(targets=["orin-nano-8gb"], name="m"), tmp_path / "kits")

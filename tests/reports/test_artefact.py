@@ -226,3 +226,21 @@ def test_a_manifest_with_other_rows_is_refused(rows, tmp_path):
         Manifest.read(path)
     assert "plan.rows" in caught.value.problems[0]
     assert _run(["inspect", str(path)], False) == 1
+
+
+def test_of_a_long_manifest_the_first_lines_are_shown(tmp_path, capsys):
+    entry = {"name": "x", "size_bytes": 1, "sha256": ""}
+    data = {
+        "mode": "merge",
+        "base": [entry] * 5000,
+        "adapters": [{"name": f"a{i}"} for i in range(5000)],
+        "plan": {"rows": [{"action": str(i)} for i in range(5000)]},
+        "rounding": {"x": float("nan")},
+        "files": {f"f{i}": entry for i in range(5000)},
+        "format": 1,
+    }
+    (tmp_path / "x.lora.json").write_text(json.dumps(data))
+    text = said(capsys, tmp_path / "x.lora.json")
+    assert len(text.splitlines()) < 210
+    assert text.count("… and 4900 more") == 2
+    assert facts(capsys, tmp_path / "x.lora.json")["rounding"] == {"x": "nan"}

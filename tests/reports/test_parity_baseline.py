@@ -329,3 +329,13 @@ def test_lines_hold_nothing_that_a_terminal_acts_on():
     text = lines(compare(parity_reports.good(verdicts=verdicts), parity_reports.good(verdicts=now)))
     assert len(text) == 2 * len(names) + 1
     assert all(line.isprintable() for line in text)
+
+
+def test_of_many_regressions_the_first_are_listed(old):
+    passed = next(row for row in old.verdicts if row.passed)
+    many = tuple(replace(passed, name=f"n{i}") for i in range(5000))
+    found = compare(replace(old, verdicts=(*old.verdicts, *many)), old)
+    text = lines(found)
+    assert len(found) == 5000
+    assert len(text) == 2 * 100 + 2
+    assert text[-2:] == ["… and 4900 more", "FAILED: 5000 things worse than the baseline"]

@@ -112,3 +112,21 @@ def test_junit_cases_of_one_name_are_told_apart():
     root = parsed(parity_reports.good(verdicts=(clash, verdict, verdict, verdict)))
     names = [case.get("name") for case in root.iter("testcase")]
     assert len(set(names)) == 4
+
+
+class Counted(dict):
+    """The names so far; counts how often it is asked."""
+
+    asked = 0
+
+    def __contains__(self, key):
+        self.asked += 1
+        return super().__contains__(key)
+
+
+def test_junit_numbers_equal_names_without_trying_all_numbers():
+    report = parity_reports.good()
+    used, verdict, count = Counted(), report.verdicts[0], 2000
+    names = [parity_junit._case(report, verdict, "", used).get("name") for _ in range(count)]
+    assert names == [names[0], *(f"{names[0]} #{i}" for i in range(2, count + 1))]
+    assert used.asked <= 3 * count

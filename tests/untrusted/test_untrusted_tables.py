@@ -12,7 +12,7 @@ import peaks
 import pytest
 
 from lora_export.errors import AdapterError
-from lora_export.formats.reading.ort_file import read_ort_file
+from lora_export.formats.reading.ort_file import read_ort_file, write_ort_file
 
 FLOAT = 1
 A, B = np.arange(32, dtype=np.float32).reshape(8, 4), np.ones((4, 8), np.float32)
@@ -93,8 +93,8 @@ def test_what_the_tests_write_is_read(tmp_path: Path) -> None:
             id="axes",
         ),
         pytest.param(
-            [(b"%d.lora_A.weight" % i, (4,), b"\0" * 16) for i in range(40_000)],
-            "it claims 40000 tensors",
+            [(b"%d.lora_A.weight" % i, (4,), b"\0" * 16) for i in range(80_000)],
+            "it claims 80000 tensors",
             id="many",
         ),
     ],
@@ -128,3 +128,13 @@ def test_offsets_out_of_the_file(tmp_path: Path) -> None:
             path.write_bytes(good[:place] + word + good[place + 4 :])
             with suppress(AdapterError):
                 read_ort_file(path)
+
+
+@pytest.mark.parametrize("count", [17_000, 30_000])
+def test_very_many_small_tensors_are_read_again(count: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.onnx_adapter"
+    values = {f"layers.{i}.q.lora_A.weight": np.full((1, 1), i % 7, np.float16) for i in range(count)}
+    write_ort_file(path, values, model_version=1, only_this_base=False)
+    found, _ = read_ort_file(path)
+    assert found.keys() == values.keys()
+    assert all(found[name] == values[name] for name in values)

@@ -16,6 +16,7 @@ from lora_export.formats.reading.scope import unknown_component
 from lora_export.formats.reading.source import Options, Source
 from lora_export.formats.reading.tensors import value_problems
 from lora_export.untrusted.archives import too_much
+from lora_export.untrusted.fields import nearest_float
 
 MAX_LISTED = 40
 
@@ -185,9 +186,9 @@ def check_options(options: Options) -> None:
         AdapterError: alpha or rank is not above 0.
     """
     problems = [
-        f"{name}: {value:g}, wanted a number above 0"
+        f"{name}: {nearest_float(value):g}, wanted a number above 0"
         for name, value in (("alpha", options.alpha), ("rank", options.rank))
-        if value is not None and not (math.isfinite(value) and value > 0)
+        if value is not None and not (math.isfinite(nearest_float(value)) and value > 0)
     ]
     if problems:
         raise AdapterError(

@@ -9,6 +9,7 @@ from lora_export.adapter import Adapter
 from lora_export.base.ties.copies import alone_hint, not_so
 from lora_export.errors import AdapterError
 from lora_export.formats.given import AdapterLike, load_given
+from lora_export.untrusted.fields import nearest_float
 
 _MADE_FROM = "give the adapter that it was made from"
 
@@ -38,7 +39,7 @@ def check_blend(
     loaded = load_given(adapters, component)
     if not loaded:
         raise AdapterError("no adapter given", "give at least one adapter")
-    factors = [1.0] * len(loaded) if not weights else [float(weight) for weight in weights]
+    factors = [1.0] * len(loaded) if not weights else list(map(nearest_float, weights))
     if len(factors) != len(loaded):
         raise AdapterError(
             f"{len(loaded)} adapters and {len(factors)} weights",

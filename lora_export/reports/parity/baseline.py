@@ -23,7 +23,7 @@ from typing import Any, Literal
 from lora_export.errors import LoraExportError
 from lora_export.parity.result import Generated, OutputMetrics, ParityReport, Verdict
 from lora_export.reports.parity.words import number, plural
-from lora_export.untrusted.shown import shown
+from lora_export.untrusted.shown import MAX_LISTED, shown
 
 FACTOR = 2.0
 _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -110,11 +110,13 @@ def compare(old: ParityReport, new: ParityReport, factor: float = FACTOR) -> lis
 def lines(regressions: Sequence[Regression]) -> list[str]:
     """Return the lines that a user reads after a comparison; the last one is the verdict."""
     text: list[str] = []
-    for row in regressions:
+    for row in regressions[:MAX_LISTED]:
         what = ", ".join(shown(part) for part in (row.name, row.state, row.output) if part)
         values = [f"{number(row.before)} before, {number(row.now)} now"]
         values += [] if math.isnan(row.limit) else [f"limit {number(row.limit)}"]
         text += [f"WORSE  {what}: {', '.join(values)}", f"       {shown(row.why)}"]
+    if (left := len(regressions) - MAX_LISTED) > 0:
+        text.append(f"… and {left} more")
     if regressions:
         return [*text, f"FAILED: {plural(len(regressions), 'thing')} worse than the baseline"]
     return ["PASSED: nothing is worse than the baseline"]

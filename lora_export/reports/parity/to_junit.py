@@ -28,7 +28,7 @@ def junit_xml(report: ParityReport) -> str:
     if not report.passed and not report.failed:
         verdicts.append(_nothing_proven(report))
     root = Element("testsuites", name="lora-export parity")
-    used: set[tuple[str, str]] = set()
+    used: dict[tuple[str, str], int] = {}
     for state, group in by_state(verdicts).items():
         root.append(_suite(report, state, group, used))
     for key in ("tests", "failures", "errors", "skipped"):
@@ -53,7 +53,7 @@ def _nothing_proven(report: ParityReport) -> Verdict:
 
 
 def _suite(
-    report: ParityReport, state: str, verdicts: Sequence[Verdict], used: set[tuple[str, str]]
+    report: ParityReport, state: str, verdicts: Sequence[Verdict], used: dict[tuple[str, str], int]
 ) -> Element:
     """Return a state's suite: properties, cases, notes and metrics, in the order of JUnit's schema."""
     suite = Element("testsuite", name=shown(state))
@@ -81,15 +81,16 @@ def _suite(
     return suite
 
 
-def _case(report: ParityReport, verdict: Verdict, message: str, used: set[tuple[str, str]]) -> Element:
+def _case(report: ParityReport, verdict: Verdict, message: str, used: dict[tuple[str, str], int]) -> Element:
     classname = f"parity.{shown(verdict.state).replace('.', '_')}"
     plain = shown(f"{verdict.name} [{verdict.output}]" if verdict.output else verdict.name)
-    name, count = plain, 1
-    # GitLab takes two cases of one name for one case.
+    # GitLab takes two cases of one name for one case. The count goes on where the last equal name ended.
+    name, count = plain, used.get((classname, plain), 0)
     while (classname, name) in used:
         count += 1
         name = f"{plain} #{count}"
-    used.add((classname, name))
+    used[classname, plain] = max(count, 1)
+    used.setdefault((classname, name), 1)
     case = Element("testcase", classname=classname, name=name, time="0.000")
     if not verdict.passed:
         failure = SubElement(case, "failure", message=message, type=verdict.kind)

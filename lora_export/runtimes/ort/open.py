@@ -10,6 +10,7 @@ from lora_export.graph.data_identity import external_tensors, layout_of, read_id
 from lora_export.graph.onnx_file import load_graph
 from lora_export.runtimes.ort.device import DeviceMemory
 from lora_export.storage.inputs import note_inputs, same_inputs
+from lora_export.untrusted.texts import is_utf8
 
 _CUDA = "CUDAExecutionProvider"
 # ONNX Runtime's log prints strangers' names unchanged to the terminal; its errors are raised anyway.
@@ -42,6 +43,8 @@ def open_session(
         GraphError: The graph's data files are not those that it was written with.
         InputChangedError: The files changed while they were read, so that graph and weights may not match.
     """
+    if not is_utf8(str(path)):
+        raise BackendError(f"ONNX Runtime can't open {path}: its path is not UTF-8", "rename it")
     note_inputs([path])
     ort = _onnxruntime("gpu" if memory.kind == "cuda" else "cpu")
     providers: list[Any] = ["CPUExecutionProvider"]
