@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lora_export.plan import align
 from lora_export.reports.merge import size_text
 from lora_export.untrusted.places import exists
+from lora_export.untrusted.shown import MAX_LINE
 
 if TYPE_CHECKING:
     from lora_export.engines.build import BuildReport, BuiltEngine
@@ -87,7 +88,9 @@ def kit_lines(report: KitReport) -> list[str]:
         lines.append(f"note: --force would be needed, there is already: {', '.join(existing)}")
     verb = "would write" if report.dry_run else "wrote"
     for path in report.kits:
-        lines.append(f"{verb} {path} (copy it to the device, then: {build_line(path)})")
+        line = f"{verb} {path} (copy it to the device, then: {build_line(path)})"
+        # Cut in the middle, the command would be another one.
+        lines.append(line if len(line) <= MAX_LINE else f"{verb} {path}")
     return lines
 
 

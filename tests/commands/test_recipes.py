@@ -15,6 +15,8 @@ import pytest
 
 from lora_export.cli import _run, main, root
 from lora_export.commands import recipe
+from lora_export.commands.inspect import inspect
+from lora_export.commands.next_step import print_next
 from lora_export.commands.own_recipes import find_recipe, own_recipes
 from lora_export.commands.recipe import load_recipe
 from lora_export.errors import OutputError, RecipeError
@@ -416,3 +418,16 @@ def test_an_option_under_two_names_is_given_twice(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, ["inspect"], lambda _verb: command)
     assert caught.value.problems == ("line 5: step 1 (inspect): 'component' and 'scope' are one option",)
+
+
+def test_the_next_command_takes_a_path_for_no_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    context = click.Context(inspect, info_name="inspect")
+    for name, typed in (("-x.safetensors", "./-x.safetensors"), ("x" * 3000 + ".safetensors", "")):
+        context.params = {"adapter": Path(name), "base": None}
+        monkeypatch.setattr("lora_export.commands.next_step.is_file", lambda _path: False)
+        print_next(context)
+        printed = capsys.readouterr().err
+        assert (f"--adapter {typed} " in printed) if typed else printed == ""

@@ -634,23 +634,31 @@ def test_the_folder_of_an_earlier_kit_is_told_of(tmp_path):
 
 # Sends a signal to the whole group, as a terminal does, after one of finish.py's calls that change names.
 AT_A_CALL = """
-import os, pathlib, signal, sys, time
-if any("finish.py" in word for word in sys.orig_argv):
-    left = [int(os.environ["AT"])]
-    def wrapped(place, name):
-        own = getattr(place, name)
-        def call(*arguments, **options):
-            made = own(*arguments, **options)
-            left[0] -= 1
-            if not left[0]:
-                os.killpg(0, int(os.environ["NUMBER"]))
-                time.sleep(0.1)
-            return made
-        setattr(place, name, call)
-    for name in ("rename", "replace", "unlink"):
-        wrapped(pathlib.Path, name)
-    wrapped(os, "link")
-    wrapped(os, "fsync")
+import os, pathlib, runpy, signal, sys, time
+left = [int(os.environ["AT"])]
+def wrapped(place, name):
+    own = getattr(place, name)
+    def call(*arguments, **options):
+        made = own(*arguments, **options)
+        left[0] -= 1
+        if not left[0]:
+            os.killpg(0, int(os.environ["NUMBER"]))
+            time.sleep(0.1)
+        return made
+    setattr(place, name, call)
+for name in ("rename", "replace", "unlink"):
+    wrapped(pathlib.Path, name)
+wrapped(os, "link")
+wrapped(os, "fsync")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# What the script calls "python3 -I -S", which imports no sitecustomize.
+PYTHON = """#!/bin/sh
+case $3 in
+  *finish.py) shift 2; exec {python} {hook} "$@" ;;
+esac
+exec {python} "$@"
 """
 
 
@@ -659,10 +667,11 @@ if any("finish.py" in word for word in sys.orig_argv):
 def test_a_signal_while_files_get_their_names_leaves_the_old_or_the_new_ones(
     has_old, number, small_kit, tmp_path
 ):
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(AT_A_CALL)
-    begun = fake_tool(tmp_path / "bin")
-    env = begun | {"PYTHONPATH": str(tmp_path / "site"), "NUMBER": str(int(number))}
+    hook = tmp_path / "hook.py"
+    hook.write_text(AT_A_CALL)
+    env = fake_tool(tmp_path / "bin") | {"NUMBER": str(int(number))}
+    (tmp_path / "bin" / "python3").write_text(PYTHON.format(python=sys.executable, hook=hook))
+    (tmp_path / "bin" / "python3").chmod(0o755)
     ends = set()
     for at in range(1, 40):
         out = tmp_path / f"out{at}"

@@ -198,3 +198,9 @@ def test_a_graph_whose_name_no_record_can_hold_is_refused(tmp_path):
     odd = (folder / "m.onnx").rename(folder / os.fsdecode(b"m\xff.onnx"))
     with pytest.raises(GraphError, match="is not UTF-8"):
         write_kits(odd, BuildRequest(targets=["orin-nano-8gb"], name="m"), tmp_path / "kits")
+
+
+def test_a_command_to_copy_is_not_printed_in_part():
+    path = Path("/".join(["k" * 200] * 10)) / ("'; touch mark; #" * 15 + ".kit")
+    (line,) = kit_lines(KitReport(kits=(path,), groups=(), profiles=()))
+    assert line == f"wrote {path}"

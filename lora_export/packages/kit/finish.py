@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 
 # Ctrl-C ends this without a traceback while the rest is imported.
-if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
