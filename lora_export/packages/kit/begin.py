@@ -9,11 +9,12 @@ Needs nothing but Python's standard library, 3.8 or newer.
 
 from __future__ import annotations
 
-import signal
+# Built in, while "signal" imports a dozen files.
+import _signal  # type: ignore[import-not-found]
 
 # Ctrl-C ends this without a traceback, also while the rest is imported.
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import contextlib
 import fcntl
