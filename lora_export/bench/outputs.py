@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lora_export.bench.contenders import AdapterChoice
+from lora_export.bench.model import BenchModel
 from lora_export.engines.record import is_engine, record_path
 from lora_export.formats.reading.weights_files import files_of
-from lora_export.runtimes.model_file import BenchModel
 from lora_export.storage.outputs import places_of, replaced_inputs
 from lora_export.untrusted.places import is_file
 

@@ -12,7 +12,7 @@ import ml_dtypes  # noqa: F401 - makes numpy know bfloat16 and float8 by name
 import numpy as np
 
 from lora_export.adapter import Array
-from lora_export.runtimes.model_file import BenchModel, Input
+from lora_export.bench.model import BenchModel, Input
 
 Phase = Literal["run", "prefill", "decode"]
 Role = Literal["batch", "sequence", "past", "total"]

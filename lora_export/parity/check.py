@@ -296,7 +296,7 @@ def _localise(
         candidate=about.path,
         provider=about.provider,
         values=feed.values,
-        tensors=sides.candidate.lora_inputs(feed.values, rows) if about.path.suffix == ".onnx" else {},
+        tensors=sides.candidate.lora_inputs(feed.values, rows) if not about.is_engine else {},
         state=state,
         dtype=sides.dtype,
         masks=laws_of.masks_of(feed),

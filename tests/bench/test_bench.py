@@ -157,8 +157,8 @@ def test_a_bank_mixes_its_own_slots_and_takes_new_ones(tmp_path, capsys):
 
 def test_a_row_of_a_bank_has_its_adapter():
     from lora_export.bench.contenders import Contender
+    from lora_export.bench.model import BenchModel
     from lora_export.graph.exposed import LoraRecord, Slot
-    from lora_export.runtimes.model_file import BenchModel
 
     record = LoraRecord(
         mode="bank",

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from lora_export.bench.model import BenchModel, Input, label_models
 from lora_export.bench.workloads import (
     Workload,
     choose_sizes,
@@ -15,7 +16,6 @@ from lora_export.bench.workloads import (
     plan_workloads,
     shape_problems,
 )
-from lora_export.runtimes.model_file import BenchModel, Input, label_models
 
 
 def model(*inputs, **more):

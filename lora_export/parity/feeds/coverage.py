@@ -145,11 +145,11 @@ class Coverage:
         }
         if not shapes:
             return
-        path = self.sides.candidate.about.path
-        if path.suffix != ".onnx":
+        about = self.sides.candidate.about
+        if about.is_engine:
             self.unknown = dict.fromkeys(shapes, "the candidate is an engine, the reference not a checkpoint")
             return
-        self._graph = load_graph(path)
+        self._graph = load_graph(about.path)
         probes, missing = find_probes(self._graph, list(shapes.values()), lambda _: None)
         self._probes = tuple(probe for probe in probes if probe.x is not None)
         known = {probe.module for probe in self._probes}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_export.adapter import Array
+from lora_export.engines.record import is_engine
 from lora_export.errors import LoraExportError
 from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.parity.localise.find_modules import NOT_FOUND, ModuleShape, Probe, find_probes
@@ -78,7 +79,7 @@ def localise(sources: Sources, most: int = MOST) -> Localisation:
         a missing table.
     """
     name, file = state_name(sources.state), sources.candidate.name
-    if sources.candidate.suffix != ".onnx":
+    if is_engine(sources.candidate):
         return Localisation(state=name, module="", note=f"{file} is an engine: nothing inside it can be seen")
     try:
         graph, modules = load_graph(sources.candidate), modules_of(sources.model)
