@@ -116,17 +116,20 @@ class Base:
             plan = with_unverified(plan, self.checkpoint)
         except SiteError as error:
             hints = list(dict.fromkeys(self.weight_of.hints)) if self.weight_of else []
+            # Nobody typed the path of a folder that an adapter names.
+            origin = ", which an adapter names as its base," if self.notes else ""
             if hints:
                 raise SiteError(
-                    f"the checkpoint {self.checkpoint} has the parameters that would change in several parts "
-                    "of the model: names alone don't tell which is meant",
+                    f"the checkpoint {self.checkpoint}{origin} has the parameters that would change in several "
+                    "parts of the model: names alone don't tell which is meant",
                     "; ".join(hints),
                     error.problems,
                 ) from error
             if not self.notes:
                 raise
-            # The folder was not the user's choice, and names led to every site.
-            return replace(plan, notes=(*plan.notes, f"values were not compared: {error.message}"))
+            # Names led to every site.
+            note = f"values were not compared: {error.message}; an adapter names this folder as its base"
+            return replace(plan, notes=(*plan.notes, note))
         return replace(plan, notes=(*plan.notes, *self.notes))
 
 
