@@ -120,8 +120,8 @@ class Base:
             origin = ", which an adapter names as its base," if self.notes else ""
             if hints:
                 raise SiteError(
-                    f"the checkpoint {self.checkpoint}{origin} has the parameters that would change in several "
-                    "parts of the model: names alone don't tell which is meant",
+                    f"the checkpoint {self.checkpoint}{origin} has the parameters that would change in "
+                    "several parts of the model: names alone don't tell which is meant",
                     "; ".join(hints),
                     error.problems,
                 ) from error
