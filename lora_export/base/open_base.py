@@ -20,7 +20,7 @@ from lora_export.base.history.in_graph import merged_in, refuse_merged_into
 from lora_export.base.history.merged import refuse_merged
 from lora_export.base.own_base import compared_with_own, own_bases
 from lora_export.base.pipeline import refuse_other_components
-from lora_export.base.placing.plan_rows import (
+from lora_export.base.planning.plan_rows import (
     OtherValues,
     warned_of_computed,
     warned_of_training,
@@ -204,7 +204,7 @@ def _notes_on_parts(base: Path, adapters: Collection[Adapter], checkpoint: Check
 def _refuse_folder(base: Path, adapters: Collection[Adapter], options: WriteOptions) -> tuple[str, ...]:
     """Refuse a folder that can't be captured, or that the adapters are not for; return notes on it."""
     from lora_export.base.checkpoint.checkpoint import read_config
-    from lora_export.base.placing.refuse import refuse_absent
+    from lora_export.base.planning.refuse import refuse_absent
 
     config = read_config(base)
     refuse_own_code(base, config)

@@ -21,7 +21,7 @@ Kind = Literal["graph", "engine"]
 
 
 @dataclass(frozen=True)
-class Input:
+class BenchInput:
     """An input that a request feeds.
 
     Attributes:
@@ -54,7 +54,7 @@ class BenchModel:
     path: Path
     label: str
     kind: Kind
-    inputs: tuple[Input, ...]
+    inputs: tuple[BenchInput, ...]
     exposed: LoraRecord | None = None
     largest: Mapping[str, int] = field(default_factory=dict)
     vocab_size: int | None = None
@@ -131,7 +131,7 @@ def _of_graph(file: ModelFile, graph: GraphFile) -> BenchModel:
             problems.append(f"{name}: a tensor of unknown type or rank, or not a tensor")
             continue
         dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
-        inputs.append(Input(name, np.dtype(value.dtype.numpy()).name, dims))
+        inputs.append(BenchInput(name, np.dtype(value.dtype.numpy()).name, dims))
     if problems:
         raise GraphError(
             f"{file.path}: no feeds can be made for these inputs",
@@ -143,14 +143,14 @@ def _of_graph(file: ModelFile, graph: GraphFile) -> BenchModel:
 
 def _of_engine(file: ModelFile, record: EngineRecord) -> BenchModel:
     inputs = [
-        Input(port.name, port.dtype, tuple(port.dims or port.shape))
+        BenchInput(port.name, port.dtype, tuple(port.dims or port.shape))
         for port in record.inputs
         if port.name not in file.lora_inputs
     ]
     return _model(file, inputs)
 
 
-def _model(file: ModelFile, inputs: Sequence[Input], data: Sequence[Path] = ()) -> BenchModel:
+def _model(file: ModelFile, inputs: Sequence[BenchInput], data: Sequence[Path] = ()) -> BenchModel:
     captured = file.captured
     return BenchModel(
         path=file.path,

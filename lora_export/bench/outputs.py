@@ -36,12 +36,12 @@ def overlap_problems(
         for what in (*_of_models(places, paths, models), *_of_adapters(places, adapters)):
             found[f"{typed}: {what}; choose another name"] = None
         if not any(line.startswith(f"{typed}: ") for line in found):
-            for file in replaced_inputs(output, files_read(paths, models, adapters)):  # hard links
+            for file in replaced_inputs(output, files_of_models(paths, models, adapters)):  # hard links
                 found[f"{typed}: it is {file}, which is timed; choose another name"] = None
     return list(found)
 
 
-def files_read(
+def files_of_models(
     paths: Sequence[Path], models: Sequence[BenchModel], adapters: Sequence[AdapterChoice]
 ) -> list[Path]:
     """Return the files of models and adapters, with the files that lie beside the models."""

@@ -42,7 +42,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class WorkloadTable:
     """All contenders with one workload.
 
     Attributes:
@@ -107,7 +107,7 @@ class BenchReport:
     """
 
     models: tuple[ModelFacts, ...]
-    tables: tuple[Table, ...]
+    tables: tuple[WorkloadTable, ...]
     adapters: tuple[AdapterLoading, ...]
     swapping: tuple[Swapping, ...]
     environment: Environment

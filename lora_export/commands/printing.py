@@ -41,7 +41,7 @@ class _ShownRecord(logging.LogRecord):
 
 
 @dataclass
-class Answer:
+class JsonAnswer:
     """The document that a program gets on stdout if it asked for JSON.
 
     Attributes:
@@ -106,7 +106,7 @@ def print_json(text: str) -> None:
     """Print a JSON text to stdout, escaped for terminals, with the same data."""
     exact = _ACTING.sub(_escaped, text)
     context = click.get_current_context(silent=True)
-    if context is not None and isinstance(context.obj, Answer):
+    if context is not None and isinstance(context.obj, JsonAnswer):
         context.obj.is_given = True
     spoken(lambda: click.echo(exact))
 

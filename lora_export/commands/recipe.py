@@ -42,7 +42,7 @@ CommandOf = Callable[[str], click.Command | None]
 
 
 @dataclass(frozen=True)
-class Step:
+class RecipeStep:
     """One call of a verb.
 
     Attributes:
@@ -55,12 +55,12 @@ class Step:
     arguments: tuple[str, ...]
     command: click.Command
 
-    def with_flag(self, flag: str) -> Step:
+    def with_flag(self, flag: str) -> RecipeStep:
         """Return the step with ``--flag`` added, or unchanged if the verb has no such flag."""
         known = _options_of(self.command).get(flag)
         if known is None or f"--{flag}" in self.arguments:
             return self
-        return Step(self.verb, (f"--{flag}", *self.arguments), self.command)
+        return RecipeStep(self.verb, (f"--{flag}", *self.arguments), self.command)
 
     def __str__(self) -> str:
         return shlex.join(["lora-export", self.verb, *self.arguments])
@@ -80,7 +80,7 @@ class Recipe:
     name: str
     description: str
     needs: tuple[str, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[RecipeStep, ...]
 
     def check_needs(self) -> None:
         """Raise `BackendUnavailable` if packages of ``needs`` are not installed; name them all."""
@@ -156,7 +156,7 @@ class _Reader:
             return None
         return Recipe(texts["name"], texts["description"], needs, tuple(step for step in steps if step))
 
-    def _step(self, number: int, node: yaml.Node) -> Step | None:
+    def _step(self, number: int, node: yaml.Node) -> RecipeStep | None:
         if not isinstance(node, yaml.MappingNode) or len(node.value) != 1:
             self._complain(node, f"step {number}: give one verb with its options, 'verb: {{option: value}}'")
             return None
@@ -183,8 +183,8 @@ class _Reader:
                 options_typed += words
         if any(word.startswith("-") for word in arguments):
             # A file may have the name "--help": an argument is never read as an option.
-            return Step(verb, (*options_typed, "--", *arguments), command)
-        return Step(verb, (*arguments, *options_typed), command)
+            return RecipeStep(verb, (*options_typed, "--", *arguments), command)
+        return RecipeStep(verb, (*arguments, *options_typed), command)
 
     def _words(self, where: str, name: str, parameter: click.Parameter, node: yaml.Node) -> list[str]:
         """Return the words that would be typed for one option."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_export import __version__
 from lora_export.engines.backend import DTYPES, Compiler, gpu_name_here
-from lora_export.engines.builder_process import Job
+from lora_export.engines.builder_process import BuildJob
 from lora_export.engines.cache import EngineCache, default_folder, key_of
 from lora_export.engines.plan import BuildPlan, BuildRequest, Group, engine_files, plan_build
 from lora_export.engines.profiles import ProfileRequest, shape_text
@@ -309,7 +309,7 @@ def _key(work: _Work, group: Group) -> str:
 
 def _compile(work: _Work, group: Group, staged: Mapping[str, Path], log: Path) -> dict[str, Any]:
     graph = work.plan.admitted.graph
-    job = Job(
+    job = BuildJob(
         backend=group.compiler.name,
         graph=str(work.scratch / "graph.onnx"),
         # Not resolved: if the file is a link, its data lies beside the link, for us as for other tools.

@@ -32,7 +32,7 @@ PathLike = str | os.PathLike[str]
 
 
 @dataclass(kw_only=True)
-class FileState:
+class CheckedFile:
     """State of one file.
 
     Attributes:
@@ -78,9 +78,9 @@ class VerifyReport:
         files: All files that were checked, by path.
     """
 
-    files: tuple[FileState, ...]
+    files: tuple[CheckedFile, ...]
 
-    def failures(self, allow_sampled: bool = False) -> list[FileState]:
+    def failures(self, allow_sampled: bool = False) -> list[CheckedFile]:
         """Return the files that have changed, or may have."""
         allowed = {"ok"} | ({"sampled", "unhashed"} if allow_sampled else set())
         return [
@@ -176,7 +176,7 @@ class _Check:
     """
 
     progress: Callable[[int], None]
-    states: dict[str, FileState] = field(default_factory=dict)
+    states: dict[str, CheckedFile] = field(default_factory=dict)
     compared: int = 0
     _digests: dict[tuple[str, str], str] = field(default_factory=dict)
     _seen: set[tuple[str, str]] = field(default_factory=set)
@@ -191,7 +191,7 @@ class _Check:
         """
         for path, odd in paths:
             if odd:
-                self.states[f"{path}\0"] = FileState(path=path, details=[odd], matters=True)
+                self.states[f"{path}\0"] = CheckedFile(path=path, details=[odd], matters=True)
             else:
                 self._look_at(path, given)
         while self._named:
@@ -245,10 +245,10 @@ class _Check:
             used.matters = True
             used.add("not described", path.name, "it holds weights of this graph, which has no hash of it")
 
-    def _state(self, path: Path) -> FileState:
+    def _state(self, path: Path) -> CheckedFile:
         shown = Path(os.path.normpath(path))
         key = os.path.join(os.path.realpath(shown.parent), shown.name)  # noqa: PTH118
-        return self.states.setdefault(key, FileState(path=shown))
+        return self.states.setdefault(key, CheckedFile(path=shown))
 
     def _compare(self, claim: Claim, by: Path) -> None:
         if self._is_outside(claim.place, by):
@@ -274,11 +274,11 @@ class _Check:
             return False
         # Not joined: a claim may not be about a file elsewhere.
         key = f"{by}\0{place}"
-        outside = self.states.setdefault(key, FileState(path=Path(f"{by}: {place}")))
+        outside = self.states.setdefault(key, CheckedFile(path=Path(f"{by}: {place}")))
         outside.add("outside", by.name, _OUTSIDE)
         return True
 
-    def _compare_hash(self, claim: Claim, path: Path, size: int, state: FileState, by: Path) -> None:
+    def _compare_hash(self, claim: Claim, path: Path, size: int, state: CheckedFile, by: Path) -> None:
         if not (claim.blake3 or claim.sha256):
             state.add("unhashed", by.name, _EARLIER)
             return

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lora_export.bench.model import BenchModel, Input, label_models
+from lora_export.bench.model import BenchInput, BenchModel, label_models
 from lora_export.bench.workloads import (
     Workload,
     choose_sizes,
@@ -23,7 +23,7 @@ def model(*inputs, **more):
         path=Path("m.onnx"),
         label="m.onnx",
         kind="graph",
-        inputs=tuple(Input(*entry) for entry in inputs),
+        inputs=tuple(BenchInput(*entry) for entry in inputs),
         **more,
     )
 

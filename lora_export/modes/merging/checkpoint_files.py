@@ -14,7 +14,7 @@ from lora_export.base.checkpoint.sentence_modules import module_paths
 from lora_export.base.checkpoint.vocabulary import resized_config
 from lora_export.base.checkpoint.weight_files import is_index, read_object
 from lora_export.base.history.history import MANIFEST
-from lora_export.base.placing.changes import Placed
+from lora_export.base.planning.checkpoint_plan import CheckpointPlan
 from lora_export.base.ties.ties import untied_config
 from lora_export.errors import CheckpointError
 from lora_export.modes.merging.checkpoint_layout import Layout
@@ -142,7 +142,7 @@ def write_index(checkpoint: Checkpoint, layouts: Sequence[Layout], folder: Path)
 
 
 def write_config(
-    checkpoint: Checkpoint, folder: Path, placed: Placed, dtype: str | None, dequantised: bool
+    checkpoint: Checkpoint, folder: Path, placed: CheckpointPlan, dtype: str | None, dequantised: bool
 ) -> None:
     """Change the config's entries on dtype, tied embeddings, quantisation and vocabulary, if they changed."""
     changed = dtype is not None or placed.untied or dequantised or placed.vocabulary is not None

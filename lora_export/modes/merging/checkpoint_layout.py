@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from lora_export.base.placing.changes import Placed, view_of
+from lora_export.base.planning.checkpoint_plan import CheckpointPlan, view_of
 from lora_export.storage.safetensors import DTYPES, FLOATS, METADATA, FileHeader, StoredTensor, header_bytes
 from lora_export.storage.stream import BytesPiece, CopyPiece, MergePiece, Piece, RequantisedPiece
 from lora_export.untrusted.documents import open_regular
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slot:
+class OutputTensor:
     """Tensor of the output.
 
     Attributes:
@@ -42,16 +42,16 @@ class Layout:
     """File of the output: its header's bytes and its tensors, in file order."""
 
     header: bytes
-    slots: tuple[Slot, ...]
+    slots: tuple[OutputTensor, ...]
     size: int
 
     @cached_property
-    def by_name(self) -> dict[str, Slot]:
+    def by_name(self) -> dict[str, OutputTensor]:
         """Tensors by their names."""
         return {slot.name: slot for slot in self.slots}
 
 
-def layout_of(shard: FileHeader, placed: Placed, code: str | None) -> Layout:
+def layout_of(shard: FileHeader, placed: CheckpointPlan, code: str | None) -> Layout:
     """Return the layout of a shard in the output.
 
     The header is written again only if it has to change; the metadata and the order of names and data stay.
@@ -77,7 +77,7 @@ def layout_of(shard: FileHeader, placed: Placed, code: str | None) -> Layout:
         with open_regular(shard.path) as file:
             header = file.read(shard.data_start)
         slots = [
-            Slot(name=name, tensor=t, code=t.code, shape=t.shape, at=t.offset, length=t.length)
+            OutputTensor(name=name, tensor=t, code=t.code, shape=t.shape, at=t.offset, length=t.length)
             for name, t in wanted
         ]
         return Layout(header, tuple(slots), shard.size)
@@ -86,14 +86,14 @@ def layout_of(shard: FileHeader, placed: Placed, code: str | None) -> Layout:
         shape = placed.resized.get(name, tensor.shape)
         same = new == tensor.code and shape == tensor.shape
         length = tensor.length if same else math.prod(shape) * DTYPES[new].itemsize
-        slots.append(Slot(name=name, tensor=tensor, code=new, shape=shape, at=at, length=length))
+        slots.append(OutputTensor(name=name, tensor=tensor, code=new, shape=shape, at=at, length=length))
         at += length
     header = _header(shard, slots)
     moved = tuple(replace(slot, at=slot.at + len(header)) for slot in slots)
     return Layout(header, moved, at + len(header))
 
 
-def pieces_of(layout: Layout, placed: Placed) -> Iterator[Piece]:
+def pieces_of(layout: Layout, placed: CheckpointPlan) -> Iterator[Piece]:
     """Yield the pieces of the file; runs of unchanged tensors become one copy, patches are computed late."""
     yield BytesPiece(layout.header, 0)
     run: CopyPiece | None = None
@@ -117,7 +117,7 @@ def pieces_of(layout: Layout, placed: Placed) -> Iterator[Piece]:
         yield run
 
 
-def _merged(slot: Slot, placed: Placed) -> MergePiece:
+def _merged(slot: OutputTensor, placed: CheckpointPlan) -> MergePiece:
     """Return the piece for a tensor that is changed, or written in another dtype."""
     out = FLOATS[slot.code]
     values = placed.quantised.values(slot.name) if slot.name in placed.quantised.scaled else None
@@ -138,7 +138,7 @@ def _merged(slot: Slot, placed: Placed) -> MergePiece:
     )
 
 
-def _requantised(layout: Layout, placed: Placed) -> dict[str, RequantisedPiece | None]:
+def _requantised(layout: Layout, placed: CheckpointPlan) -> dict[str, RequantisedPiece | None]:
     """Return the pieces for changed codes and their scales; None for a tensor written with the other one."""
     found: dict[str, RequantisedPiece | None] = {}
     for name, scaled in placed.quantised.scaled.items():
@@ -160,7 +160,7 @@ def _requantised(layout: Layout, placed: Placed) -> dict[str, RequantisedPiece |
     return found
 
 
-def _extended(run: CopyPiece | None, slot: Slot) -> tuple[CopyPiece, CopyPiece | None]:
+def _extended(run: CopyPiece | None, slot: OutputTensor) -> tuple[CopyPiece, CopyPiece | None]:
     """Return the run with the slot, and a finished run if the slot doesn't continue it."""
     tensor = slot.tensor
     if run is not None and (run.offset + run.length, run.at + run.length) == (tensor.offset, slot.at):
@@ -168,7 +168,7 @@ def _extended(run: CopyPiece | None, slot: Slot) -> tuple[CopyPiece, CopyPiece |
     return CopyPiece(tensor.file, tensor.offset, slot.length, slot.at), run
 
 
-def _header(shard: FileHeader, slots: list[Slot]) -> bytes:
+def _header(shard: FileHeader, slots: list[OutputTensor]) -> bytes:
     by_name = {slot.name: slot for slot in slots}
     order = [*shard.content, *(name for name in by_name if name not in shard.content)]
     header: dict[str, Any] = {}

@@ -16,7 +16,7 @@ WORDS = 2  # number of columns, from the left, that are words
 _DROPPED = ("dtype", "σ₁", "alpha", "99 %", "weight")  # in this order, on a narrow terminal
 
 
-def label(row: ModuleReport) -> str:
+def module_label(row: ModuleReport) -> str:
     """Return a module's name, with its component if the file serves several models."""
     return f"{row.component}/{row.module}" if row.component else row.module
 
@@ -55,7 +55,7 @@ def rows(report: AdapterReport) -> list[tuple[str, ...]]:
     """Return the table's cells, one row for each module."""
     return [
         (
-            label(row),
+            module_label(row),
             _weight(row),
             str(row.rank),
             f"{row.alpha:g}",
@@ -111,7 +111,7 @@ def closing_lines(report: AdapterReport, summed: bool = False) -> list[str]:
         f"replaces  {extra.parameter} {'×'.join(map(str, extra.shape)) or 'scalar'} {extra.dtype}"
         for extra in report.extras
     ]
-    if biases := [label(row) for row in report.modules if row.bias]:
+    if biases := [module_label(row) for row in report.modules if row.bias]:
         lines.append(f"biases    of {', '.join(biases)}")
     if report.modules:
         median = sorted(row.effective_rank_90 for row in report.modules)[len(report.modules) // 2]
