@@ -1,8 +1,10 @@
 """Who may import whom, what stands at the top level, and what `--help` loads."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,15 @@ def test_heavy_packages_are_imported_late(name):
         if found.split(".")[0] == name
     ]
     assert not wrong, f"{name} at module top: {wrong}"
+
+
+def test_what_is_always_installed_is_imported():
+    """A dependency that nothing imports is a download for nothing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.match(r"[\w-]+", line)[0].replace("-", "_").lower() for line in project["dependencies"]}
+    found = {name.split(".")[0] for path in modules() for name, _ in imported(path)}
+    assert names <= found | {"pyyaml"}
+    assert "yaml" in found
 
 
 def test_tensorrt_is_imported_in_engines_and_runtimes_only():
