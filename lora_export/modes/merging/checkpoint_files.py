@@ -129,9 +129,9 @@ def write_index(checkpoint: Checkpoint, layouts: Sequence[Layout], folder: Path)
     if checkpoint.index is None:
         return
     index = read_object(checkpoint.index)
-    size = sum(slot.length for layout in layouts for slot in layout.slots)
+    size = sum(entry.length for layout in layouts for entry in layout.entries)
     files = zip(checkpoint.shards, layouts, strict=True)
-    names = {slot.name: shard.path.name for shard, layout in files for slot in layout.slots}
+    names = {entry.name: shard.path.name for shard, layout in files for entry in layout.entries}
     before = sum(tensor.length for tensor in checkpoint.tensors.values())
     if names.keys() == checkpoint.tensors.keys() and size == before:
         return

@@ -42,13 +42,13 @@ class Layout:
     """File of the output: its header's bytes and its tensors, in file order."""
 
     header: bytes
-    slots: tuple[OutputTensor, ...]
+    entries: tuple[OutputTensor, ...]
     size: int
 
     @cached_property
     def by_name(self) -> dict[str, OutputTensor]:
         """Tensors by their names."""
-        return {slot.name: slot for slot in self.slots}
+        return {entry.name: entry for entry in self.entries}
 
 
 def layout_of(shard: FileHeader, placed: CheckpointPlan, code: str | None) -> Layout:
@@ -76,20 +76,20 @@ def layout_of(shard: FileHeader, placed: CheckpointPlan, code: str | None) -> La
     if same and all(c == t.code for c, (_, t) in zip(codes, wanted, strict=True)):
         with open_regular(shard.path) as file:
             header = file.read(shard.data_start)
-        slots = [
+        entries = [
             OutputTensor(name=name, tensor=t, code=t.code, shape=t.shape, at=t.offset, length=t.length)
             for name, t in wanted
         ]
-        return Layout(header, tuple(slots), shard.size)
-    at, slots = 0, []
+        return Layout(header, tuple(entries), shard.size)
+    at, entries = 0, []
     for (name, tensor), new in zip(wanted + added, codes, strict=True):
         shape = placed.resized.get(name, tensor.shape)
         same = new == tensor.code and shape == tensor.shape
         length = tensor.length if same else math.prod(shape) * DTYPES[new].itemsize
-        slots.append(OutputTensor(name=name, tensor=tensor, code=new, shape=shape, at=at, length=length))
+        entries.append(OutputTensor(name=name, tensor=tensor, code=new, shape=shape, at=at, length=length))
         at += length
-    header = _header(shard, slots)
-    moved = tuple(replace(slot, at=slot.at + len(header)) for slot in slots)
+    header = _header(shard, entries)
+    moved = tuple(replace(entry, at=entry.at + len(header)) for entry in entries)
     return Layout(header, moved, at + len(header))
 
 
@@ -98,16 +98,16 @@ def pieces_of(layout: Layout, placed: CheckpointPlan) -> Iterator[Piece]:
     yield BytesPiece(layout.header, 0)
     run: CopyPiece | None = None
     requantised = _requantised(layout, placed)
-    for slot in layout.slots:
-        if slot.name in requantised:
-            piece: Piece | None = requantised[slot.name]
-        elif not placed.changes.get(slot.name) and slot.code == slot.tensor.code:
-            run, done = _extended(run, slot)
+    for entry in layout.entries:
+        if entry.name in requantised:
+            piece: Piece | None = requantised[entry.name]
+        elif not placed.changes.get(entry.name) and entry.code == entry.tensor.code:
+            run, done = _extended(run, entry)
             if done is not None:
                 yield done
             continue
         else:
-            piece = _merged(slot, placed)
+            piece = _merged(entry, placed)
         if run is not None:
             yield run
             run = None
@@ -117,24 +117,24 @@ def pieces_of(layout: Layout, placed: CheckpointPlan) -> Iterator[Piece]:
         yield run
 
 
-def _merged(slot: OutputTensor, placed: CheckpointPlan) -> MergePiece:
+def _merged(entry: OutputTensor, placed: CheckpointPlan) -> MergePiece:
     """Return the piece for a tensor that is changed, or written in another dtype."""
-    out = FLOATS[slot.code]
-    values = placed.quantised.values(slot.name) if slot.name in placed.quantised.scaled else None
-    if slot.name in placed.resized:
+    out = FLOATS[entry.code]
+    values = placed.quantised.values(entry.name) if entry.name in placed.quantised.scaled else None
+    if entry.name in placed.resized:
         # The adapter's values replace all of it.
-        values = np.broadcast_to(np.zeros(1, FLOATS[slot.tensor.code]), slot.shape)
-    stored = FLOATS[slot.tensor.code] if values is None else values.dtype
+        values = np.broadcast_to(np.zeros(1, FLOATS[entry.tensor.code]), entry.shape)
+    stored = FLOATS[entry.tensor.code] if values is None else values.dtype
     wide: type[Any] = np.float64 if np.dtype(np.float64) in (stored, out) else np.float32
     return MergePiece(
-        name=slot.name,
-        source=slot.tensor.file if values is None else values,
-        offset=slot.tensor.offset,
-        at=slot.at,
-        shape=view_of(slot.shape, slot.name in placed.stacked),
+        name=entry.name,
+        source=entry.tensor.file if values is None else values,
+        offset=entry.tensor.offset,
+        at=entry.at,
+        shape=view_of(entry.shape, entry.name in placed.stacked),
         dtype_in=stored,
         dtype_out=out,
-        patches=[make(wide) for make in placed.changes.get(slot.name, [])],
+        patches=[make(wide) for make in placed.changes.get(entry.name, [])],
     )
 
 
@@ -160,16 +160,16 @@ def _requantised(layout: Layout, placed: CheckpointPlan) -> dict[str, Requantise
     return found
 
 
-def _extended(run: CopyPiece | None, slot: OutputTensor) -> tuple[CopyPiece, CopyPiece | None]:
-    """Return the run with the slot, and a finished run if the slot doesn't continue it."""
-    tensor = slot.tensor
-    if run is not None and (run.offset + run.length, run.at + run.length) == (tensor.offset, slot.at):
-        return CopyPiece(run.source, run.offset, run.length + slot.length, run.at), None
-    return CopyPiece(tensor.file, tensor.offset, slot.length, slot.at), run
+def _extended(run: CopyPiece | None, entry: OutputTensor) -> tuple[CopyPiece, CopyPiece | None]:
+    """Return the run with the entry, and a finished run if the entry doesn't continue it."""
+    tensor = entry.tensor
+    if run is not None and (run.offset + run.length, run.at + run.length) == (tensor.offset, entry.at):
+        return CopyPiece(run.source, run.offset, run.length + entry.length, run.at), None
+    return CopyPiece(tensor.file, tensor.offset, entry.length, entry.at), run
 
 
-def _header(shard: FileHeader, slots: list[OutputTensor]) -> bytes:
-    by_name = {slot.name: slot for slot in slots}
+def _header(shard: FileHeader, entries: list[OutputTensor]) -> bytes:
+    by_name = {entry.name: entry for entry in entries}
     order = [*shard.content, *(name for name in by_name if name not in shard.content)]
     header: dict[str, Any] = {}
     for name in order:
@@ -178,7 +178,7 @@ def _header(shard: FileHeader, slots: list[OutputTensor]) -> bytes:
             continue
         if name not in by_name:
             continue
-        slot = by_name[name]
-        offsets = [slot.at, slot.at + slot.length]
-        header[name] = {"dtype": slot.code, "shape": list(slot.shape), "data_offsets": offsets}
+        entry = by_name[name]
+        offsets = [entry.at, entry.at + entry.length]
+        header[name] = {"dtype": entry.code, "shape": list(entry.shape), "data_offsets": offsets}
     return header_bytes(header)
