@@ -190,6 +190,16 @@ def test_functions_are_read_at_a_glance():
     assert not wrong, "\n".join(wrong)
 
 
+def test_a_class_name_means_one_thing():
+    """Public classes have names of their own; a registry's plug-ins share those of their functions only."""
+    found: dict[str, list[str]] = {}
+    for path in modules():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: files for name, files in found.items() if len(files) > 1}
+
+
 def test_no_module_is_named_after_nothing():
     assert not [path for path in modules() if path.stem in ("utils", "helpers", "common", "misc")]
 
