@@ -32,6 +32,7 @@ from lora_export.storage.outputs import (
     refuse_replacing,
 )
 from lora_export.untrusted.places import exists
+from lora_export.untrusted.shown import shown
 
 PathLike = str | os.PathLike[str]
 
@@ -92,6 +93,12 @@ class BuildReport:
     def groups(self) -> tuple[Group, ...]:
         """The GPUs of each engine."""
         return tuple(engine.group for engine in self.engines)
+
+    def __str__(self) -> str:
+        """Return a line for each engine and each note."""
+        verb = "would write" if self.dry_run else "wrote"
+        lines = [f"{verb} {shown(engine.path)} for {engine.group.label}" for engine in self.engines]
+        return "\n".join([*lines, *(f"note: {shown(note)}" for note in self.notes)])
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

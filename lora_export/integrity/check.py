@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import find_seal
 from lora_export.untrusted.links import leads_out
 from lora_export.untrusted.places import is_file, is_folder
+from lora_export.untrusted.shown import limited, shown
 
 State = Literal["ok", "sampled", "unhashed", "not described", "changed", "missing", "outside"]
 # The states by strength: of several findings on one file, the first in this order decides.
@@ -28,6 +30,8 @@ BROKEN: frozenset[State] = frozenset({"changed", "missing", "outside"})
 _OUTSIDE = "a set's files must be in its folder, without links out of it"
 _EARLIER = "no full hash: an earlier version wrote it"
 _MOST_FILES = 100_000
+# Number of files that are named in a few lines.
+_SHOWN = 8
 PathLike = str | os.PathLike[str]
 
 
@@ -88,6 +92,13 @@ class VerifyReport:
             for found in self.files
             if found.state not in allowed and (found.state != "not described" or found.matters)
         ]
+
+    def __str__(self) -> str:
+        """Return the numbers of files by their states, and a line for each file that failed."""
+        counts = Counter(found.state for found in self.files)
+        failed = [f"{found.state}: {shown(found.path)}" for found in self.failures()]
+        states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
+        return "\n".join([f"{len(self.files)} files: {states}", *limited(failed, "files", _SHOWN)])
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

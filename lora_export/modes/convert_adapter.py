@@ -63,6 +63,11 @@ class ConvertReport:
     warnings: tuple[str, ...] = ()
     dry_run: bool = False
 
+    def __str__(self) -> str:
+        """Return a few lines: what was converted, warnings, and the output."""
+        plan = replace(self.plan, warnings=tuple(dict.fromkeys((*self.plan.warnings, *self.warnings))))
+        return "\n".join(plan.summary([self.output], self.dry_run))
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {
