@@ -339,7 +339,7 @@ def test_an_adapter_replaced_after_a_command_has_loaded_it(name, verb, tmp_path,
     (tmp_path / "out").mkdir()
     arguments = [str(word) for word in CASES[verb].arguments(tmp_path, tmp_path / "out")]
     module = import_module(f"lora_export.commands.{verb.replace('-', '_')}")
-    own = module.load_adapters
+    own = module.load_all
 
     def load_all(*given):
         loaded = own(*given)
