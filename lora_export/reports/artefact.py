@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_export.engines.record import EngineRecord
     from lora_export.graph.exposed import LoraRecord
     from lora_export.graph.onnx_file import GraphFile
+    from lora_export.runtimes.model_file import ModelFile
 
 # Number of operators, inputs and slots that are named; the others are counted.
 _NAMED = 8
@@ -63,14 +64,12 @@ def read_artefact(path: Path) -> Artefact | None:
             return _kit(path)
         return _genai(path, path) if is_file(path / _GENAI) else None
     # ONNX Runtime's own format is refused by its name.
-    readers: dict[str, Callable[[Path], Artefact]] = {".onnx": _graph, ".ort": _graph, _MANIFEST: _manifest}
-    for ending, read in readers.items():
-        if path.name.endswith(ending):
-            return read(path)
+    if path.suffix in (".onnx", ".ort") or is_engine(path):
+        return _model(path)
+    if path.name.endswith(_MANIFEST):
+        return _manifest(path)
     if path.name == _GENAI:
         return _genai(path.parent, path)
-    if is_engine(path):
-        return _engine(path)
     return _json(path) if path.suffix == ".json" else None
 
 
@@ -86,22 +85,27 @@ def _json(path: Path) -> Artefact | None:
     return _manifest(path) if isinstance(data, dict) and {"mode", "plan", "base"} <= data.keys() else None
 
 
-# --- graphs ------------------------------------------------------------------------------------------
+# --- models ------------------------------------------------------------------------------------------
 
 
-def _graph(path: Path) -> Artefact:
-    from lora_export.base.history.in_graph import adapters_in, merged_in
-    from lora_export.graph.captured import Captured
-    from lora_export.graph.exposed import KEY, lora_record_of
-    from lora_export.graph.onnx_file import load_graph
+def _model(path: Path) -> Artefact:
+    from lora_export.engines.record import EngineRecord
+    from lora_export.runtimes.model_file import ModelFile
     from lora_export.storage.inputs import same_inputs
 
     with same_inputs(at_end=True):
-        graph = load_graph(path)
-        metadata = graph.model.metadata_props
-        exposed = lora_record_of(metadata, str(path)) if KEY in metadata else None
-        captured, merged = Captured.from_metadata(metadata), merged_in(metadata)
-        data = {file.name: file.stat().st_size for file in sorted(graph.data_files())}
+        file = ModelFile.read(path)
+        if isinstance(file.content, EngineRecord):
+            return _of_record("engine", file.content)
+        data = {data.name: data.stat().st_size for data in sorted(file.content.data_files())}
+    return _graph(file, file.content, data)
+
+
+def _graph(file: ModelFile, graph: GraphFile, data: Mapping[str, int]) -> Artefact:
+    from lora_export.base.history.in_graph import adapters_in, merged_in
+
+    path, exposed, captured = file.path, file.lora_record, file.captured
+    merged = merged_in(graph.model.metadata_props)
     size = path.stat().st_size + sum(data.values())
     operators = Counter(node.op_type for each in graph.graphs() for node in each)
     facts: dict[str, Any] = {
@@ -237,12 +241,6 @@ def _adapter(entry: Mapping[str, Any]) -> str:
     weight = entry.get("weight", 1)
     times = f", weight {weight:g}" if isinstance(weight, int | float) and weight != 1 else ""
     return f"{entry.get('name')} ({entry.get('format')}{times}), sha256 {entry.get('sha256')}"
-
-
-def _engine(path: Path) -> Artefact:
-    from lora_export.engines.record import read_engine
-
-    return _of_record("engine", read_engine(path))
 
 
 def _record(kind: str, record: Path, given: Path) -> Artefact:

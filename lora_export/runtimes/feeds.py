@@ -16,7 +16,7 @@ DeviceValue = Any
 Feeds = Sequence[tuple[str, Array | DeviceValue]]
 
 
-class Input(Protocol):
+class ModelInput(Protocol):
     """An input of a model of any runtime."""
 
     @property
@@ -35,7 +35,7 @@ class Input(Protocol):
 def check_feeds(
     path: Path,
     feeds: Mapping[str, Array | DeviceValue],
-    inputs: Mapping[str, Input],
+    inputs: Mapping[str, ModelInput],
     lora: Collection[str],
     type_problem: Callable[[str, object], str],
 ) -> None:

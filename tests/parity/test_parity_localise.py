@@ -28,7 +28,7 @@ from lora_export.parity.localise.find_modules import NOT_FOUND, ModuleShape, fin
 from lora_export.parity.localise.localise import Sources, localise
 from lora_export.parity.localise.module_error import Measured, Runs
 from lora_export.parity.localise.run_inside import run_with_outputs
-from lora_export.parity.localise.walk import shown
+from lora_export.parity.localise.walk import tap_values
 from lora_export.parity.result import BASE, Localisation, ModuleRow, State, state_of
 from lora_export.runtimes.torch.reference import TorchReference
 
@@ -534,7 +534,7 @@ def probed(model: ir.Model, folder: Path, **weights: np.ndarray) -> dict[str, np
     assert not missing
     taps = [tap.value for probe in probes for tap in probe.y]
     got = run_with_outputs(graph, taps, {"x": draw(2, 3, HIDDEN)}, "cpu")
-    return {probe.module: shown(probe.y[0], got, probe.axis) for probe in probes}
+    return {probe.module: tap_values(probe.y[0], got, probe.axis) for probe in probes}
 
 
 @pytest.mark.parametrize("name", HIDING)

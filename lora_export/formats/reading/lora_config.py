@@ -15,7 +15,7 @@ from typing import Any
 from lora_export.adapter import LoraModule
 from lora_export.formats.reading.key_index import KeyIndex
 from lora_export.formats.reading.patterns import check, remembered
-from lora_export.formats.reading.source import Options
+from lora_export.formats.reading.source import ReadOptions
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.]{1,1000}")
 _ABSURD = 1e15
@@ -128,7 +128,9 @@ class LoraRules:
         notes: Notes on keys that were ignored.
     """
 
-    def __init__(self, config: Mapping[str, Any], options: Options, unread: Set[str] = frozenset()) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], options: ReadOptions, unread: Set[str] = frozenset()
+    ) -> None:
         self._config = config
         self._unread = unread
         self.problems: list[str] = []
@@ -162,7 +164,7 @@ class LoraRules:
         value: Any = found[0] if found else self._config.get("r")
         return None if _number_problem(value, whole=True) else int(value)
 
-    def _check_numbers(self, options: Options) -> None:
+    def _check_numbers(self, options: ReadOptions) -> None:
         for key, option in (("r", options.rank), ("lora_alpha", options.alpha)):
             value: Any = self._config.get(key)
             if problem := _number_problem(value, whole=key == "r"):

@@ -51,7 +51,7 @@ _BOOKKEEPING = ("optim", "sched", "epoch", "step", "rng", "loss", "callbacks", "
 
 
 @dataclass(kw_only=True)
-class Checkpoint:
+class PickleContents:
     """The contents of a torch checkpoint.
 
     Attributes:
@@ -69,7 +69,7 @@ class Checkpoint:
     problems: list[str] = field(default_factory=list)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> PickleContents:
     """Read a torch checkpoint with ``weights_only=True``.
 
     Raises:
@@ -111,7 +111,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path} holds a {type(content).__name__}, wanted a dict of tensors",
             "save it with torch.save(model.state_dict(), path)",
         )
-    checkpoint = Checkpoint()
+    checkpoint = PickleContents()
     try:
         contents = Contents(content, torch.Tensor)
     except TangledError as error:
@@ -137,7 +137,7 @@ class _Collector:
         tensor_type: torch's tensor type.
     """
 
-    def __init__(self, into: Checkpoint, contents: Contents, tensor_type: type) -> None:
+    def __init__(self, into: PickleContents, contents: Contents, tensor_type: type) -> None:
         self._into, self._contents, self._tensor_type = into, contents, tensor_type
         self._done: set[tuple[int, str, bool]] = set()
 
@@ -254,7 +254,7 @@ def _has_word(key: Any, words: tuple[str, ...]) -> bool:
     return any(word in text for word in words)
 
 
-def _mention(into: Checkpoint, key: str, value: Any, name: str) -> None:
+def _mention(into: PickleContents, key: str, value: Any, name: str) -> None:
     if _PLAIN.get(key) == "alpha" and _is_number(value):
         into.mentions.append((name.replace("/", "."), float(value)))
 
@@ -281,7 +281,7 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _set(into: Checkpoint, key: str, value: Any, name: str) -> None:
+def _set(into: PickleContents, key: str, value: Any, name: str) -> None:
     fits, what = _SETTINGS.get(key, (_is_number, "a finite number"))
     if not fits(value):
         into.problems.append(f"{name}: {seen(value)}, wanted {what}")

@@ -53,6 +53,11 @@ class ExposeReport:
     warnings: tuple[str, ...] = ()
     reads: tuple[Path, ...] = ()
 
+    def __str__(self) -> str:
+        """Return a few lines: what was exposed, warnings, and the files."""
+        plan = replace(self.plan, warnings=tuple(dict.fromkeys((*self.plan.warnings, *self.warnings))))
+        return "\n".join(plan.summary(self.outputs.values(), self.dry_run))
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {

@@ -38,6 +38,13 @@ class MergeReport:
         """Cost of rounding over all modules."""
         return total_of(self.roundings.values())
 
+    def __str__(self) -> str:
+        """Return a few lines: what was changed, what rounding cost, and the files."""
+        lines = self.plan.summary(self.outputs.values(), self.dry_run)
+        if self.roundings:
+            lines.insert(1, f"rounding lost {self.total.relative:.2%} of the adapters' change")
+        return "\n".join(lines)
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {

@@ -87,7 +87,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Rounding:
+class StatedRounding:
     """Cost of rounding by the merge's manifest.
 
     Attributes:
@@ -137,7 +137,7 @@ def limit_of(
     own: tuple[float, float] | None,
     worst_own: float | None,
     effect: float,
-    rounding: Rounding | None,
+    rounding: StatedRounding | None,
     ties: tuple[float, float] = (0.0, 0.0),
 ) -> Limit:
     """Return the limits for a group of outputs.
@@ -190,7 +190,7 @@ def limit_of(
 
 
 def effect_limit(
-    dtype: str, own: float | None, effect: float, rounding: Rounding | None, ties: float = 0.0
+    dtype: str, own: float | None, effect: float, rounding: StatedRounding | None, ties: float = 0.0
 ) -> tuple[float, str]:
     """Return the limit of error / effect, and the reason.
 

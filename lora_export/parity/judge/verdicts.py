@@ -14,7 +14,7 @@ from lora_export.parity.judge.limits import (
     FACTOR,
     TIES_FACTOR,
     Limit,
-    Rounding,
+    StatedRounding,
     applied_limit,
     effect_limit,
     limit_of,
@@ -66,7 +66,7 @@ class Judge:
 
     dtype: str
     tolerance: Tolerance = field(default_factory=Tolerance)
-    rounding: Rounding | None = None
+    rounding: StatedRounding | None = None
     limits: dict[tuple[State, str], Limit] = field(default_factory=dict)
 
     def judge(self, tallies: StateTallies) -> list[Verdict]:

@@ -12,16 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_export.adapter import Adapter, Array
-from lora_export.engines.record import EngineRecord, is_engine, read_engine
+from lora_export.engines.record import EngineRecord
 from lora_export.errors import AdapterError, BackendError
 from lora_export.graph.captured import Captured
-from lora_export.graph.exposed import KEY, UNHASHED, WEIGHTS_INPUT, LoraRecord, lora_record_of
-from lora_export.graph.onnx_file import GraphFile, load_graph
+from lora_export.graph.exposed import UNHASHED, LoraRecord
+from lora_export.graph.onnx_file import GraphFile
 from lora_export.graph.roles import is_batch
 from lora_export.graph.stored_types import StoredTypes, stored_types
 from lora_export.parity.feeds.made import InputPort, ports_of_graph
 from lora_export.parity.judge.limits import STEP
 from lora_export.parity.result import BASE, State, state_of
+from lora_export.runtimes.model_file import ModelFile
 from lora_export.runtimes.ort.device import DeviceMemory, Provider, host_value
 from lora_export.runtimes.ort.open import open_session
 from lora_export.runtimes.session import AdapterSession
@@ -65,6 +66,11 @@ class About:
         outputs, mostly = self.types.outputs, self.types.mostly or self.types.outputs
         shown = max(STEP[outputs], STEP[mostly])
         return self.captured.dtype if self.captured and STEP[self.captured.dtype] <= shown else outputs
+
+    @property
+    def is_engine(self) -> bool:
+        """True for an engine, into which nothing can be looked."""
+        return self.runtime != "onnxruntime"
 
     @property
     def caches(self) -> bool:
@@ -117,7 +123,7 @@ class PlainCandidate(Candidate):
 
     def __init__(self, about: About, adapters: Mapping[str, Adapter]) -> None:
         super().__init__(about, adapters)
-        if about.runtime == "onnxruntime":
+        if not about.is_engine:
             self._memory = DeviceMemory(about.provider)
             self._session = open_session(about.path, self._memory)
         else:
@@ -247,7 +253,7 @@ class BankCandidate(Candidate):
 
 
 def _adapter_session(about: About, adapters: int) -> AdapterSession:
-    provider = about.provider if about.runtime == "onnxruntime" else None
+    provider = None if about.is_engine else about.provider
     return AdapterSession(about.path, provider=provider, max_adapters=adapters)
 
 
@@ -281,24 +287,22 @@ def describe(path: Path, provider: Provider | None) -> About:
         BackendError: The engine's record is missing or damaged, or the provider can't run it.
         GraphError: The graph is missing or damaged.
     """
-    if is_engine(path):
+    file = ModelFile.read(path)
+    if isinstance(file.content, EngineRecord):
         if provider == "cpu":
             raise BackendError(f"{path.name} is an engine, which runs on a GPU", "give --provider cuda")
-        return _describe_engine(path, read_engine(path))
-    graph = load_graph(path)
-    metadata = graph.model.metadata_props
-    record = lora_record_of(metadata, str(path)) if KEY in metadata else None
-    lora = {*record.input_names(), WEIGHTS_INPUT} if record else set()
+        return _describe_engine(file, file.content)
+    graph = file.content
     return About(
         path=path,
-        mode=record.mode if record else "plain",
+        mode=_mode(file),
         runtime="onnxruntime",
         provider=provider or "cpu",
-        ports=tuple(ports_of_graph(graph, lora)),
+        ports=tuple(ports_of_graph(graph, file.lora_inputs)),
         outputs=tuple(output.name or "" for output in graph.graph.outputs),
         types=stored_types(graph),
-        captured=Captured.from_metadata(metadata),
-        record=record,
+        captured=file.captured,
+        record=file.lora_record,
         sha256=_identity(graph),
         crossed=frozenset(
             output.name or ""
@@ -306,6 +310,10 @@ def describe(path: Path, provider: Provider | None) -> About:
             if _is_crossed([dim if isinstance(dim, int) else dim.value for dim in output.shape or ()])
         ),
     )
+
+
+def _mode(file: ModelFile) -> str:
+    return file.lora_record.mode if file.lora_record else "plain"
 
 
 def _is_crossed(dims: Sequence[int | str | None]) -> bool:
@@ -318,12 +326,10 @@ def _identity(graph: GraphFile) -> str:
     return identity_of(hashes) if len(hashes) > 1 else hashes[0].sha256
 
 
-def _describe_engine(path: Path, engine: EngineRecord) -> About:
+def _describe_engine(file: ModelFile, engine: EngineRecord) -> About:
     import ml_dtypes
     import numpy as np
 
-    record = engine.exposed
-    lora: set[str] = {*record.input_names(), WEIGHTS_INPUT} if record else set()
     ports = tuple(
         InputPort(
             port.name,
@@ -331,20 +337,20 @@ def _describe_engine(path: Path, engine: EngineRecord) -> About:
             tuple(port.dims or port.shape),
         )
         for port in engine.inputs
-        if port.name not in lora
+        if port.name not in file.lora_inputs
     )
     floats = [port.dtype for port in engine.outputs if port.dtype in STEP]
     types = StoredTypes(floats[0] if floats else "float32", {}, ())
     return About(
-        path=path,
-        mode=record.mode if record else "plain",
+        path=file.path,
+        mode=_mode(file),
         runtime=engine.backend,
         provider="cuda",
         ports=ports,
         outputs=tuple(port.name for port in engine.outputs),
         types=types,
-        captured=Captured.from_metadata(engine.metadata),
-        record=record,
+        captured=file.captured,
+        record=file.lora_record,
         sha256=engine.sha256,
         crossed=frozenset(port.name for port in engine.outputs if _is_crossed(port.dims)),
     )
