@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 
 from lora_export import AdapterSession, CheckpointError, check_parity, swap_onnx
 from lora_export.base.capture import work
-from lora_export.base.capture.capture import example_inputs
+from lora_export.base.capture.prepared import example_inputs
 from lora_export.base.kinds import KINDS, kind_of
 from lora_export.base.kinds.images import images
 from lora_export.graph.captured import Captured
@@ -207,6 +207,14 @@ CASES = {
         word="vision",
         feeds=lambda: {"pixel_values": torch.randn(3, 3, 16, 32)},
         targets="all-linear",
+    ),
+    # It refuses to have a cache, by which others tell a decoder.
+    "t5 encoder": Case(
+        make=lambda: transformers.T5EncoderModel(transformers.T5Config(**T5)),
+        kind="text",
+        word="encoder",
+        feeds=lambda: {"input_ids": ids(3, 4), "attention_mask": ones(3, 4)},
+        targets=["q", "v"],
     ),
     "t5": Case(
         make=lambda: transformers.T5ForConditionalGeneration(
