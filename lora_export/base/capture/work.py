@@ -2,9 +2,9 @@
 
 Attention over the pixels of an image, or a convolution with steps of one, has the same few kilobytes of
 weights for images of any size: a model of 200 kB took 2.3 GB, one of 10 kB more time than anyone has. A few
-tokens can do the same: state-space models and attention in windows fill them up to the size of a window, which
-is only a number in the config. So a copy without values runs first, on torch's meta device. A model whose
-code looks at values can't run so: it runs as it is, and before each operator the size of its result is
+tokens can do the same: state-space models and attention in windows fill them up to the size of a window,
+which is only a number in the config. So a copy without values runs first, on torch's meta device. A model
+whose code looks at values can't run so: it runs as it is, and before each operator the size of its result is
 looked at.
 """
 
