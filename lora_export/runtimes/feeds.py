@@ -51,6 +51,10 @@ def check_feeds(
     Raises:
         BackendError: Inputs missing, unknown or of another type; all of them are listed.
     """
+    if not isinstance(feeds, Mapping):
+        raise BackendError(
+            f"the feeds of {path.name} are of type {type(feeds).__name__}", "give a dict of names and arrays"
+        )
     problems = []
     for name, value in feeds.items():
         if name == WEIGHTS_INPUT and name in inputs:
@@ -82,4 +86,6 @@ def choose_outputs(path: Path, known: Sequence[str], names: Sequence[str] | None
         raise BackendError(
             f"{path.name} has no output {', '.join(map(repr, unknown))}", f"it has: {', '.join(known)}"
         )
+    if len(set(names)) < len(names):
+        raise BackendError(f"outputs of {path.name} are asked for twice", "name each output once")
     return names

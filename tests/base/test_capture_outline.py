@@ -181,6 +181,27 @@ def test_layers_that_ask_for_their_number(tmp_path):
         np.testing.assert_allclose(got["logits"], wanted["logits"], rtol=1e-4, atol=1e-4)
 
 
+LAYERS_THAT_HALVE = {
+    "a sound": (
+        *("Wav2Vec2Model", "Wav2Vec2Config"),
+        {**WIDE, "num_hidden_layers": 1, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+        | {"conv_dim": (8,) * 4, "conv_stride": (2,) * 4, "conv_kernel": (3,) * 4}
+        | {"num_feat_extract_layers": 4},
+    ),
+    "an image": (
+        *("ConvNextModel", "ConvNextConfig"),
+        {"hidden_sizes": [8] * 5, "depths": [1] * 5, "num_stages": 5, "image_size": 64, "patch_size": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS_THAT_HALVE)
+def test_layers_whose_state_changes_its_size(name, tmp_path):
+    """Copied, they left sizes of the cut model behind them: a graph that no runtime ran, and exit code 0."""
+    folder = make(tmp_path / "base", *LAYERS_THAT_HALVE[name])
+    assert "layer 1 makes [batch,8," in capture_error(folder, tmp_path)
+
+
 def test_what_is_computed_with_the_number_of_layers(tmp_path, monkeypatch):
     """In code that runs, by a stand-in: a model that divides its result by it."""
     kind, config, settings, _ = MODELS["BERT"]

@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 
 from lora_export import AdapterSession, CheckpointError, check_parity, swap_onnx
 from lora_export.base.capture import work
+from lora_export.base.capture.prepared import example_inputs
 from lora_export.base.kinds import KINDS, kind_of
 from lora_export.base.kinds.images import images
 from lora_export.graph.captured import Captured
@@ -206,6 +207,14 @@ CASES = {
         word="vision",
         feeds=lambda: {"pixel_values": torch.randn(3, 3, 16, 32)},
         targets="all-linear",
+    ),
+    # It refuses to have a cache, by which others tell a decoder.
+    "t5 encoder": Case(
+        make=lambda: transformers.T5EncoderModel(transformers.T5Config(**T5)),
+        kind="text",
+        word="encoder",
+        feeds=lambda: {"input_ids": ids(3, 4), "attention_mask": ones(3, 4)},
+        targets=["q", "v"],
     ),
     "t5": Case(
         make=lambda: transformers.T5ForConditionalGeneration(
@@ -403,14 +412,53 @@ def test_a_config_does_not_choose_how_much_is_computed(name, config, tmp_path):
     assert seconds < 20
 
 
+TOKENS = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1}
+# Class, config, a config that makes of fourteen tokens as many as its window or chunk has, and what it says.
+PADDED = {
+    "Mamba-2": (
+        "Mamba2ForCausalLM",
+        {**TOKENS, "num_heads": 2, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+        {"chunk_size": 12_000},
+        "a tensor of 144000000 bytes",  # bools of each token to each
+    ),
+    # Its code looks at values.
+    "Longformer": (
+        "LongformerModel",
+        {**TOKENS, "num_attention_heads": 2, "intermediate_size": 16, "attention_window": [8]},
+        {"attention_window": [100_000]},
+        "a tensor of ",
+    ),
+    "Funnel": (
+        "FunnelBaseModel",
+        {"vocab_size": 60, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 16, "num_decoder_layers": 1}
+        | {"block_sizes": [1], "block_repeats": [1]},
+        {"block_repeats": [130_000]},
+        "steps on ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_a_few_tokens_do_not_become_much_work(name, tmp_path):
+    """16 kB of weights took more than 8 GB, or hours: the example of a text model was not looked at."""
+    kind, config, change, text = PADDED[name]
+    model = getattr(transformers, kind)
+    model(model.config_class(**config)).save_pretrained(tmp_path)
+    loaded = model.from_pretrained(tmp_path).eval()
+    assert example_inputs(loaded, tmp_path)["input_ids"].shape == (2, 7)
+    hostile = model(model.config_class(**config | change)).eval()
+    with pytest.raises(CheckpointError, match=f"{kind} would compute .*{text}"):
+        example_inputs(hostile, tmp_path)
+
+
 def test_the_largest_work_of_published_models_is_within_the_limit():
     config = transformers.SegformerConfig(image_size=1024, num_labels=150)  # B0's sizes are the defaults
     with torch.device("meta"):
         model = transformers.SegformerForSemanticSegmentation(config)
     kind = kind_of(model)
     assert kind is not None
-    count, largest = work._work_of(model, kind, Path("none"))
     stored = 2 * sum(values.numel() for values in model.parameters())
+    count, largest = work._work_of(model, kind, Path("none"), stored)
     assert 0.4 < count / (work._SMALL_COUNT + work._COUNT_EACH * stored) < 1
     assert 0.4 < largest / (work._SMALL_BYTES + work._BYTES_EACH * stored) < 1
 

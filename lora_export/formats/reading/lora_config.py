@@ -14,11 +14,12 @@ from typing import Any
 
 from lora_export.adapter import LoraModule
 from lora_export.formats.reading.key_index import KeyIndex
+from lora_export.formats.reading.pairs import ABSURD
 from lora_export.formats.reading.patterns import check, remembered
 from lora_export.formats.reading.source import ReadOptions
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.]{1,1000}")
-_ABSURD = 1e15
+
 # These change how the tensors are made or trained, not what they mean once saved.
 _HARMLESS = frozenset(
     {
@@ -293,6 +294,6 @@ def _number_problem(value: Any, whole: bool = False) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value % 1):
         return f"{value!r}, wanted {wanted}"
     # The upper bound keeps absurd JSON (1e999 is infinity) away from arithmetic.
-    if _ABSURD <= value < float("inf"):
-        return f"{value!r}, wanted {wanted} below {_ABSURD:g}"
-    return "" if 0 < value < _ABSURD else f"{value!r}, wanted {wanted} above 0"
+    if ABSURD <= value < float("inf"):
+        return f"{value!r}, wanted {wanted} below {ABSURD:g}"
+    return "" if 0 < value < ABSURD else f"{value!r}, wanted {wanted} above 0"

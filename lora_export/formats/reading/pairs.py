@@ -19,6 +19,8 @@ from lora_export.untrusted.archives import too_much
 from lora_export.untrusted.fields import nearest_float
 
 MAX_LISTED = 40
+# No scaling is as large, or one by it as small: in float32 the change would be infinite, or none at all.
+ABSURD = 1e15
 
 
 @dataclass(kw_only=True)
@@ -127,6 +129,10 @@ def build_module(parts: Parts, alpha: float | None, rslora: bool, problems: list
             problems.append(f"{parts.label}: {part} {values.shape}, wanted {lora_b.shape[0]} values")
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         problems.append(f"{parts.label}: alpha is {alpha:g}, wanted a number above 0")
+    elif alpha is not None and not 1 / ABSURD < alpha < ABSURD:
+        problems.append(
+            f"{parts.label}: alpha is {alpha:g}, wanted a number between {1 / ABSURD:g} and {ABSURD:g}"
+        )
     if alpha is None or len(problems) > before:
         return None
     magnitude, bias = parts.tensors.get("magnitude"), parts.tensors.get("lora_bias")

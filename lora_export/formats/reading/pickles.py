@@ -100,7 +100,9 @@ def read_checkpoint(path: Path) -> PickleContents:
         raise AdapterError(f"cannot read {path}: {error}", "check the path and its permissions") from error
     # torch raises many kinds of error from its zip reader or unpickler: RuntimeError, EOFError, …
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # In front of its reason torch advises to load the file without weights_only.
+        said = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+        first = said.splitlines()[0]
         raise AdapterError(
             f"{path} can't be loaded with weights_only=True: {first}",
             "it is damaged, or holds Python objects (refused: loading them would run their code); "
@@ -292,7 +294,7 @@ def _set(into: PickleContents, key: str, value: Any, name: str) -> None:
 
 
 def _array(tensor: Any) -> Array:
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     kind = str(tensor.dtype)
     # numpy has no bfloat16 or float8: the bits are kept under ml_dtypes' types.
     for torch_name, bits, dtype in (
