@@ -93,6 +93,7 @@ def _json(path: Path) -> Artefact | None:
 def _graph(path: Path) -> Artefact:
     from lora_export.base.history.in_graph import adapters_in, merged_in
     from lora_export.graph.captured import Captured
+    from lora_export.graph.proof import Proof
     from lora_export.graph.exposed import KEY, lora_record_of
     from lora_export.graph.onnx_file import load_graph
     from lora_export.storage.inputs import same_inputs
@@ -102,6 +103,7 @@ def _graph(path: Path) -> Artefact:
         metadata = graph.model.metadata_props
         exposed = lora_record_of(metadata, str(path)) if KEY in metadata else None
         captured, merged = Captured.from_metadata(metadata), merged_in(metadata)
+        proof = Proof.from_metadata(metadata)
         data = {file.name: file.stat().st_size for file in sorted(graph.data_files())}
     size = path.stat().st_size + sum(data.values())
     operators = Counter(node.op_type for each in graph.graphs() for node in each)
@@ -114,6 +116,7 @@ def _graph(path: Path) -> Artefact:
         "inputs": _ports(graph, exposed),
         "outputs": [_port(value) for value in graph.graph.outputs],
         "captured": None if captured is None else vars(captured),
+        "proof": None if proof is None else vars(proof),
         "merged": [f"{name}, sha256 {sha256}" for name, sha256 in adapters_in(merged)],
         "lora": _lora(exposed, graph),
     }
@@ -126,6 +129,8 @@ def _graph(path: Path) -> Artefact:
     if captured is not None:
         cache = ", with a key-value cache" if captured.kv_cache else ""
         lines.append(f"captured  {captured.kind}, {captured.dtype}{cache}")
+    if proof is not None:
+        lines.append(f"proof     {proof}")
     lines += [f"merged    {entry}" for entry in limited(facts["merged"], "adapters", _NAMED)]
     lines += _lora_lines(exposed)
     if facts["lora"] and (lost := len(facts["lora"]["lost_inputs"])):

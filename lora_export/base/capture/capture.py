@@ -116,9 +116,7 @@ def capture_checkpoint(
     tell_stage(f"capturing {path} (seconds for a small model, minutes for 1B)")
     if trace == "outline" or (trace == "auto" and not replaced):
         try:
-            _write_outlined(
-                path, output, replace(way, in_outline=True), proven=proven, share_from=share_from
-            )
+            _write_outlined(path, output, replace(way, in_outline=True), proven=proven, share_from=share_from)
             return output
         except CannotOutline as error:
             if trace == "outline":
