@@ -103,9 +103,11 @@ def _model(path: Path) -> Artefact:
 
 def _graph(file: ModelFile, graph: GraphFile, data: Mapping[str, int]) -> Artefact:
     from lora_export.base.history.in_graph import adapters_in, merged_in
+    from lora_export.graph.proof import Proof
 
     path, exposed, captured = file.path, file.lora_record, file.captured
     merged = merged_in(graph.model.metadata_props)
+    proof = Proof.from_metadata(graph.model.metadata_props)
     size = path.stat().st_size + sum(data.values())
     operators = Counter(node.op_type for each in graph.graphs() for node in each)
     facts: dict[str, Any] = {
@@ -117,6 +119,7 @@ def _graph(file: ModelFile, graph: GraphFile, data: Mapping[str, int]) -> Artefa
         "inputs": _ports(graph, exposed),
         "outputs": [_port(value) for value in graph.graph.outputs],
         "captured": None if captured is None else vars(captured),
+        "proof": None if proof is None else vars(proof),
         "merged": [f"{name}, sha256 {sha256}" for name, sha256 in adapters_in(merged)],
         "lora": _lora(exposed, graph),
     }
@@ -129,6 +132,8 @@ def _graph(file: ModelFile, graph: GraphFile, data: Mapping[str, int]) -> Artefa
     if captured is not None:
         cache = ", with a key-value cache" if captured.kv_cache else ""
         lines.append(f"captured  {captured.kind}, {captured.dtype}{cache}")
+    if proof is not None:
+        lines.append(f"proof     {proof}")
     lines += [f"merged    {entry}" for entry in limited(facts["merged"], "adapters", _NAMED)]
     lines += _lora_lines(exposed)
     if facts["lora"] and (lost := len(facts["lora"]["lost_inputs"])):
