@@ -128,7 +128,7 @@ def capture_checkpoint(
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How a folder is captured.
+    """Options of a capture.
 
     Attributes:
         dtype: As for `capture_checkpoint`.
@@ -217,8 +217,8 @@ def _twin_proof(
         output: The graph's file.
         loading: The folder's class and config.
         way: How it is captured.
-        proven: Whether a proof is wanted.
-        in_place: Whether the graph finds its weights where it is written.
+        proven: True if a proof is wanted.
+        in_place: True if the graph finds its weights where it is written.
     """
 
     def capture(folder: Path, graph: Path, dtype: str) -> None:
@@ -229,7 +229,7 @@ def _twin_proof(
         return proof
     if in_place and is_own_twin(path, way.dtype) and not way.replaced:
         return None
-    return prove_by_twin(path, loading, way.dtype, output.parent, capture)
+    return prove_by_twin(path, loading, way.dtype, beside=output.parent, capture=capture)
 
 
 def _prove_saved(graph: ir.Model, output: Path, path: Path, dtype: str) -> None:

@@ -59,7 +59,7 @@ def prepare(
 
     Raises:
         CheckpointError: The model has no cache, or attends in another way.
-        GraphError: It fails on the example.
+        GraphError: The model fails on the example.
     """
     import torch
 
@@ -168,7 +168,7 @@ def known_kind(model: Any, path: Path) -> ModelKind:
     """Return a model's kind.
 
     Raises:
-        CheckpointError: It is of none.
+        CheckpointError: The model is of none.
     """
     if kind := kind_of(model):
         return kind
