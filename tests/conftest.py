@@ -69,6 +69,8 @@ def graphs_are_not_proven(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
         from lora_export.base.capture import capture
         from lora_export.graph.proof import Proof
 
+        # Nor is a graph taken that another test's capture has left.
+        monkeypatch.setattr(capture, "find", lambda key: None)
         monkeypatch.setattr(capture, "not_proven", lambda wanted: Proof(of="nothing", reason="a test"))
 
 

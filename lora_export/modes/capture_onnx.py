@@ -76,8 +76,11 @@ def capture_onnx(
             proven=twin,
             share_from=graph.parent if share_base else None,
         )
-        if is_file(made.with_name(data.name)):
+        has_data = is_file(made.with_name(data.name))
+        if has_data:
             made.with_name(data.name).replace(outputs.stage(data))
         made.replace(outputs.stage(graph))
         outputs.commit()
+        if not has_data:
+            data.unlink(missing_ok=True)  # of the graph that was here before
     return graph, data

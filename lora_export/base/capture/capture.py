@@ -159,7 +159,13 @@ class CannotOutline(Exception):
 
 
 def _write_outlined(
-    path: Path, output: Path, way: Way, *, proven: bool, share_from: Path | None = None
+    path: Path,
+    output: Path,
+    way: Way,
+    *,
+    proven: bool,
+    share_from: Path | None = None,
+    is_twin: bool = False,
 ) -> None:
     """Write a folder's graph, traced without its weights or kept from a folder of the same config."""
     check_folder(path)
@@ -168,7 +174,8 @@ def _write_outlined(
     except CheckpointError as error:  # other files than safetensors, which transformers may read
         raise CannotOutline(f"{path} can't be traced without its weights: {error.message}") from error
     key = key_of(checkpoint, asdict(way) | {"proven": proven, "shared": share_from is not None})
-    kept = find(key)
+    # A twin's folder is of this capture alone.
+    kept = None if is_twin else find(key)
     if kept is None:
         loading = look_at(path)
         proof = _twin_proof(path, output, loading, way, proven=proven, in_place=share_from is None)
@@ -177,7 +184,8 @@ def _write_outlined(
         kept = _in_outline(checkpoint, loading, way)
         if proof is not None:
             kept.graph.metadata_props.update(proof.to_metadata())
-        keep(key, kept)
+        if not is_twin:
+            keep(key, kept)
     weights = Weights(checkpoint, kept.parts)
     linked = set()
     for name in kept.parts:
@@ -223,7 +231,10 @@ def _twin_proof(
 
     def capture(folder: Path, graph: Path, dtype: str) -> None:
         own = replace(way, dtype=dtype, replaced=())
-        (_write_outlined if way.in_outline else _write_loaded)(folder, graph, own, proven=False)
+        if way.in_outline:
+            _write_outlined(folder, graph, own, proven=False, is_twin=True)
+        else:
+            _write_loaded(folder, graph, own, proven=False)
 
     if proof := not_proven(proven):
         return proof
@@ -364,6 +375,8 @@ def _save(
     graph = unload_from_model(graph, output.parent, data.name, size_threshold_bytes=_INLINE_BYTES)
     for value, tensor in kept.items():
         value.const_value = tensor
+    if is_file(data) and not data.stat().st_size:
+        data.unlink()
     files = {data.name: hash_written(data, data.name)} if is_file(data) else {}
     # What is not copied is not read either: these are known by a sample of them.
     for place in {str(tensor.location) for tensor in kept.values() if isinstance(tensor, ir.ExternalTensor)}:
