@@ -120,7 +120,7 @@ def pytest_collection_finish() -> None:
     """Let the garbage collector pass over what stays: libraries and tests, a million objects each time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000)  # what is traced makes many objects, and keeps them
+    gc.set_threshold(50_000)  # what is traced makes many objects, and keeps them
 
 
 @pytest.fixture(autouse=True)
