@@ -68,7 +68,8 @@ def share_exports(folder: Path, put: Callable[[Any, str, Any], None] = setattr) 
 def _remember_operators(put: Callable[[Any, str, Any], None]) -> None:
     """Let the exporter learn once what each export learns again: a third of the time of a small one.
 
-    The source of onnxscript's operators, their signatures, and torch's operators that its dispatcher has.
+    The source of onnxscript's operators, their signatures, torch's operators that its dispatcher has, and by
+    their signatures which of them may be kept.
     """
     from torch._export import utils
     from torch.onnx._internal.exporter import _registration, _schemas
@@ -88,6 +89,7 @@ def _remember_operators(put: Callable[[Any, str, Any], None]) -> None:
     put(operators, "get_torchlib_ops", functools.cache(operators.get_torchlib_ops))
     put(_schemas, "op_signature_from_function", functools.cache(_schemas.op_signature_from_function))
     put(utils, "_materialize_cpp_cia_ops", materialize_new)
+    put(utils, "_check_valid_to_preserve", functools.cache(utils._check_valid_to_preserve))
 
 
 def _do_less(put: Callable[[Any, str, Any], None]) -> None:
