@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_export.base.capture.floors import round_down
 from lora_export.errors import BackendUnavailable, GraphError, install_line
 from lora_export.progress import tell_stage
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 _TRACES = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "pkg.torch.onnx.class_hierarchy")
-_INSTALL = install_line("hf")
 # Largest relative difference of a trace's answers by rounding, and of those in 16 bits.
 _DIFFERENCE, _HALVES_DIFFERENCE = 1e-3, 0.1
 
@@ -129,6 +129,7 @@ def trace_module(
         model: ir.Model = program.model
     if program.exported_program is not None:
         _refuse_other_answers(module, program.exported_program.module(), example_inputs)
+    round_down(model)
     _drop_traces(model)
     return model
 
@@ -250,13 +251,18 @@ def _drop_traces(model: ir.Model) -> None:
             node.metadata_props.pop(key, None)
 
 
-def require(*names: str) -> None:
-    """Raise `BackendUnavailable` naming every package of ``names`` that is not installed."""
+def require(*names: str, extra: str = "hf") -> None:
+    """Raise `BackendUnavailable` naming every package of ``names`` that is not installed.
+
+    Args:
+        names: The packages.
+        extra: Extra of ours that installs them.
+    """
     from importlib.util import find_spec
 
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        raise BackendUnavailable(f"capturing a model needs {', '.join(missing)}", _INSTALL)
+        raise BackendUnavailable(f"capturing a model needs {', '.join(missing)}", install_line(extra))
 
 
 def first_line(error: BaseException) -> str:
