@@ -26,7 +26,22 @@ PAST_SEQUENCE, TOTAL_SEQUENCE = "past_sequence", "total_sequence"
 # Models with two batches: every text is compared with every image.
 TEXT_BATCH, IMAGE_BATCH = "text_batch", "image_batch"
 SAMPLES = "samples"
-Kind = Literal["decoder", "encoder", "vision", "audio", "text-image", "encoder-decoder"]
+# Of diffusion models: latents, videos and images; patches of latents that are given as a sequence, and text.
+HEIGHT, WIDTH, FRAMES = SIDES = ("height", "width", "frames")
+IMAGE_SEQUENCE, TEXT_SEQUENCE = "image_sequence", "text_sequence"
+# One for all rows, or one a row.
+TIMESTEPS = "timesteps"
+Kind = Literal[
+    "decoder",
+    "encoder",
+    "vision",
+    "audio",
+    "text-image",
+    "encoder-decoder",
+    "denoiser",
+    "vae-decoder",
+    "vae-encoder",
+]
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ def use_node(model: Any, inputs: Mapping[str, Any], path: Path) -> None:
             does, or computes something else with it.
     """
     kind = type(model).__name__
+    if not hasattr(model, "set_attn_implementation"):
+        raise CheckpointError(f"{path}: {kind} does not attend through transformers' interface", _OMIT)
     trials = [inputs, *padded(inputs)]
     wanted = [named_tensors(run_module(model, trial)) for trial in trials]
     calls: list[str] = []

@@ -34,10 +34,12 @@ from lora_export.base.capture.loading import (
 )
 from lora_export.base.capture.prepared import Traced, prepare
 from lora_export.base.capture.prove import is_own_twin, not_proven, prove_by_twin, prove_model
+from lora_export.base.capture.timestep import spread_timestep
 from lora_export.base.capture.without_weights import graph_without_weights
-from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.checkpoint import Checkpoint, diffusers_class
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
+from lora_export.base.parts import Part
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph.captured import DTYPES, Captured
 from lora_export.graph.data_identity import mark_data
@@ -45,7 +47,7 @@ from lora_export.graph.onnx_file import save_graph
 from lora_export.graph.proof import Proof
 from lora_export.progress import tell_stage
 from lora_export.storage.hashes import hash_file, hash_written
-from lora_export.untrusted.places import is_file
+from lora_export.untrusted.places import is_file, is_folder
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -71,10 +73,11 @@ def capture_checkpoint(
     fused: bool = False,
     proven: bool = True,
     share_from: Path | None = None,
+    part: Part = "",
 ) -> Path:
     """Write the graph of a checkpoint folder, with dynamic batch and sequence axes.
 
-    The model class is the one named in the config's ``architectures``.
+    The model class is the one named in the config's ``architectures``, or of diffusers ``_class_name``.
 
     Args:
         folder: Folder that ``save_pretrained`` wrote.
@@ -94,6 +97,7 @@ def capture_checkpoint(
         share_from: Leave weights in the checkpoint's own files, where these hold them in the graph's dtype
             and orientation, and refer to them from this folder, into which the output is moved afterwards.
             It has to be the checkpoint's folder or one above it: ONNX Runtime finds them nowhere else.
+        part: Use of the model in a pipeline, if its graph differs for it.
 
     Returns:
         ``output``.
@@ -109,12 +113,13 @@ def capture_checkpoint(
         raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
     require("torch", "transformers", "onnxscript")
     path = Path(folder)
-    way = Way(dtype=dtype, kv_cache=kv_cache, replaced=tuple(replaced), fused=fused)
+    way = Way(dtype=dtype, kv_cache=kv_cache, replaced=tuple(replaced), fused=fused, part=part)
     if share_from is not None:
         _refuse_sharing(path, share_from, trace, replaced)
         trace = "outline"
     tell_stage(f"capturing {path} (seconds for a small model, minutes for 1B)")
-    if trace == "outline" or (trace == "auto" and not replaced):
+    is_outlined = not (replaced or part or (is_folder(path) and diffusers_class(path)))
+    if trace == "outline" or (trace == "auto" and is_outlined):
         try:
             _write_outlined(path, output, replace(way, in_outline=True), proven=proven, share_from=share_from)
             return output
@@ -136,6 +141,7 @@ class Way:
         fused: As for `capture_checkpoint`.
         replaced: As for `capture_checkpoint`.
         in_outline: Trace without weights.
+        part: As for `capture_checkpoint`.
     """
 
     dtype: str
@@ -143,6 +149,7 @@ class Way:
     fused: bool
     replaced: tuple[str, ...] = ()
     in_outline: bool = False
+    part: Part = ""
 
     @property
     def opset(self) -> int | None:
@@ -202,28 +209,29 @@ def _write_outlined(
     graph = _save(_with_history(kept.graph, path), output, linked, share_from)
     refuse_lost(weights.lost, path, way.dtype)
     if Proof.from_metadata(graph.metadata_props) is None:
-        _prove_saved(graph, output, path, way.dtype)
+        _prove_saved(graph, output, path, way)
 
 
 def _write_loaded(path: Path, output: Path, way: Way, proven: bool) -> None:
     """Write a folder's graph, traced with its weights in memory."""
-    proof = _twin_proof(path, output, look_at(path), way, proven=proven)
+    is_diffusers = is_folder(path) and bool(diffusers_class(path))
+    proof = _twin_proof(path, output, None if is_diffusers else look_at(path), way, proven=proven)
     graph, captured = _loaded(path, way)
     graph.metadata_props.update(captured.to_metadata() | (proof.to_metadata() if proof else {}))
     graph = _save(_with_history(graph, path), output)
     if proof is None:
-        _prove_saved(graph, output, path, way.dtype)
+        _prove_saved(graph, output, path, way)
 
 
 def _twin_proof(
-    path: Path, output: Path, loading: Loading, way: Way, *, proven: bool, in_place: bool = True
+    path: Path, output: Path, loading: Loading | None, way: Way, *, proven: bool, in_place: bool = True
 ) -> Proof | None:
     """Return the proof by a twin, or why there is none; None for a model that is compared itself.
 
     Args:
         path: The folder.
         output: The graph's file.
-        loading: The folder's class and config.
+        loading: The folder's class and config; None for a model of diffusers.
         way: How it is captured.
         proven: True if a proof is wanted.
         in_place: True if the graph finds its weights where it is written.
@@ -240,12 +248,14 @@ def _twin_proof(
         return proof
     if in_place and is_own_twin(path, way.dtype) and not way.replaced:
         return None
+    if loading is None or way.part:
+        return Proof(of="nothing", reason="no small twin is made of a model of a pipeline")
     return prove_by_twin(path, loading, way.dtype, beside=output.parent, capture=capture)
 
 
-def _prove_saved(graph: ir.Model, output: Path, path: Path, dtype: str) -> None:
+def _prove_saved(graph: ir.Model, output: Path, path: Path, way: Way) -> None:
     """Compare a written graph with its model, and write that into it."""
-    proof = prove_model(output, path, dtype)
+    proof = prove_model(output, path, way.dtype, way.part)
     graph.metadata_props.update(proof.to_metadata())
     save_graph(graph, output)
 
@@ -258,7 +268,7 @@ def _with_history(graph: ir.Model, path: Path) -> ir.Model:
 
 def _loaded(path: Path, way: Way) -> tuple[ir.Model, Captured]:
     """Return the graph of a checkpoint's model with its weights in memory, and what it was captured from."""
-    model, _ = load_model(path, way.dtype, way.replaced)
+    model, _ = load_model(path, way.dtype, way.replaced, way.part)
     traced, captured = prepare(model, path, way.dtype, way.kv_cache, fused=way.fused)
     graph = trace_module(
         model,
@@ -273,6 +283,8 @@ def _loaded(path: Path, way: Way) -> tuple[ir.Model, Captured]:
         fuse_nodes(graph)
     if way.kv_cache:
         name_total(graph)
+    if captured.kind == "denoiser":
+        spread_timestep(graph)
     return graph, captured
 
 

@@ -88,7 +88,7 @@ def measure_gap(graph: Path, model: Any, kind: ModelKind, example: Feeds) -> Gap
 
     session = _opened(graph)
     has_cache = any(port.name.startswith(_PAST) for port in session.get_inputs())
-    runs = list(_cached_runs(model, example) if has_cache else _plain_runs(kind, example))
+    runs = list(_cached_runs(model, example) if has_cache else _plain_runs(kind, model, example))
     answers = [_of_module(model, runs, has_cache), _of_graph(session, runs)]
     is_half = model.dtype.itemsize == 2
     exact = _EXACT_HALVES * torch.finfo(model.dtype).eps if is_half else _EXACT
@@ -134,14 +134,14 @@ def _opened(graph: Path) -> ort.InferenceSession:
         ) from error
 
 
-def _plain_runs(kind: ModelKind, example: Feeds) -> Iterator[dict[str, Any]]:
-    """Yield the example, it with each free axis one longer, and it with padding on the left and right."""
+def _plain_runs(kind: ModelKind, model: Any, example: Feeds) -> Iterator[dict[str, Any]]:
+    """Yield the example, it with each free axis a step longer, and it with padding on the left and right."""
     yield dict(example)
     longer = {}
     for name, values in example.items():
-        for axis in kind.axes(name):
-            size = values.shape[axis]
-            values = values.index_select(axis, _counted(size + 1, values) % size)
+        for axis, dim in kind.axes(name).items():
+            size, more = values.shape[axis], kind.step(model, dim)
+            values = values.index_select(axis, _counted(size + more, values) % size)
         longer[name] = values
     yield longer
     yield from padded(example)

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_export.base.capture.diffusers_loading import load_component
 from lora_export.base.capture.export import first_line, quiet
+from lora_export.base.capture.prompt import as_prompt
 from lora_export.base.checkpoint.checkpoint import (
-    Checkpoint,
     diffusers_class,
     model_files,
     no_folder,
     read_config,
+    several_models,
 )
 from lora_export.base.checkpoint.layer_counts import refuse_large_numbers, refuse_many_layers
 from lora_export.base.checkpoint.module_counts import few_modules
@@ -21,6 +23,7 @@ from lora_export.base.checkpoint.own_code import model_class, never_asked, refus
 from lora_export.base.checkpoint.quantised import refuse_bare_codes
 from lora_export.base.checkpoint.weight_files import refuse_chosen_elsewhere
 from lora_export.base.checkpoint.widths import refuse_wide
+from lora_export.base.parts import Part
 from lora_export.errors import CheckpointError
 from lora_export.storage.inputs import note_inputs
 from lora_export.untrusted.documents import read_json
@@ -57,24 +60,35 @@ def check_folder(path: Path) -> None:
     Raises:
         CheckpointError: The folder can't be loaded, or not without running code of its own.
     """
+    _check_files(path)
+    written = read_config(path)
+    if kind := diffusers_class(path):
+        raise CheckpointError(
+            f"{path} holds a model of diffusers ({kind}), which is not traced without its weights",
+            "give --trace loaded",
+        )
+    refuse_own_code(path, written)
+    refuse_chosen_elsewhere(path, written)
+    refuse_many_layers(path, written)
+    _refuse_adapter_beside(path)
+    refuse_bare_codes(path)
+
+
+def _check_files(path: Path) -> None:
+    """Refuse a folder that holds no model, or files that can't be read within bounds."""
     if not is_folder(path):  # else transformers would ask a hub for a model of that name
         raise no_folder(path)
     note_inputs(model_files(path))
     if not exists(path / "config.json") and exists(path / "adapter_config.json"):
         raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
-    _refuse_diffusers(path)
+    if exists(path / "model_index.json"):
+        raise several_models(path)
     refuse_links(
         path,
         [found for kind in ("json", "safetensors", "bin") for found in listed(path, f"*.{kind}")],
         CheckpointError,
     )
-    written = read_config(path)
-    refuse_own_code(path, written)
-    refuse_chosen_elsewhere(path, written)
-    refuse_many_layers(path, written)
     _refuse_costly(path)
-    _refuse_adapter_beside(path)
-    refuse_bare_codes(path)
 
 
 def look_at(path: Path) -> Loading:
@@ -101,13 +115,16 @@ def look_at(path: Path) -> Loading:
     return Loading(kind, config)
 
 
-def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[Any, tuple[str, ...]]:
-    """Return a checkpoint's model as transformers loads it, in eval mode, and the parameters that it made up.
+def load_model(
+    path: Path, dtype: str, replaced: Collection[str] = (), part: Part = ""
+) -> tuple[Any, tuple[str, ...]]:
+    """Return a model as transformers or diffusers loads it, in eval mode, and the parameters that it made up.
 
     Args:
         path: Folder that ``save_pretrained`` wrote.
         dtype: Dtype of the weights, one of `DTYPES`, or ``float64``.
         replaced: Parameters that are replaced afterwards; the checkpoint may lack them.
+        part: Use of the model in a pipeline, if its graph differs for it.
 
     Returns:
         The model, and the names of parameters that the checkpoint lacks: their values are random.
@@ -116,6 +133,20 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
         CheckpointError: The folder can't be loaded without running code of its own, can't be loaded or lacks
             weights, or weights don't fit into the dtype.
     """
+    _check_files(path)
+    if diffusers_class(path):
+        model, missing = load_component(path, dtype, "vae-encoder" if part == "vae-encoder" else "")
+    else:
+        model, missing = _load_transformers(path, dtype)
+        if part == "prompt":
+            as_prompt(model)
+    _refuse_missing(missing, path, replaced)
+    _refuse_infinite(model, path, dtype)
+    return model.eval(), tuple(sorted(missing))
+
+
+def _load_transformers(path: Path, dtype: str) -> tuple[Any, Collection[str]]:
+    """Return a model of transformers, and the parameters that the checkpoint lacks."""
     import torch
 
     loading = look_at(path)
@@ -136,9 +167,7 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
         except Exception as error:  # transformers, safetensors and torch raise many kinds
             raise _cant_load(path, error) from error
     _refuse_mismatched(lacks["mismatched_keys"], path)
-    _refuse_missing(lacks["missing_keys"], path, replaced)
-    _refuse_infinite(model, path, dtype)
-    return model.eval(), tuple(sorted(lacks["missing_keys"]))
+    return model, lacks["missing_keys"]
 
 
 def _refuse_costly(folder: Path) -> None:
@@ -158,17 +187,6 @@ def _cant_load(path: Path, error: Exception) -> CheckpointError:
         f"transformers can't load {path}: {first_line(error)}",
         f"give the folder that save_pretrained wrote, or {EXPORT_YOURSELF}",
     )
-
-
-def _refuse_diffusers(path: Path) -> None:
-    """Refuse a pipeline of diffusers, or one of its models, with a message that says so."""
-    if exists(path / "model_index.json"):
-        Checkpoint.open(path)  # raises for a pipeline
-    if kind := diffusers_class(path):
-        raise CheckpointError(
-            f"{path} holds a model of diffusers ({kind}): only models of transformers are captured",
-            f"{EXPORT_YOURSELF}, or merge the adapter into the folder (lora-export merge)",
-        )
 
 
 def _refuse_adapter_beside(path: Path) -> None:

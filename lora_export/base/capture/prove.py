@@ -19,6 +19,7 @@ from lora_export.base.capture.outline import build_outline, find_stacks
 from lora_export.base.capture.prepared import example_inputs, known_kind
 from lora_export.base.capture.twin import save_twin, small_config
 from lora_export.base.checkpoint.module_counts import weights_bytes
+from lora_export.base.parts import Part
 from lora_export.graph.proof import Proof
 from lora_export.progress import tell_stage
 from lora_export.storage.commit.leftovers import scratch_folder
@@ -46,18 +47,19 @@ def is_own_twin(folder: Path, dtype: str) -> bool:
     return dtype != "bfloat16" and weights_bytes(folder) <= _OWN_BYTES
 
 
-def prove_model(graph: Path, folder: Path, dtype: str) -> Proof:
+def prove_model(graph: Path, folder: Path, dtype: str, part: Part = "") -> Proof:
     """Compare a model's graph with the model.
 
     Args:
         graph: The file that was written.
         folder: The model's folder.
         dtype: Dtype of the graph.
+        part: Use of the model in a pipeline, if its graph differs for it.
 
     Raises:
         GraphError: The graph answers otherwise.
     """
-    gap = _compare(graph, folder, dtype)
+    gap = _compare(graph, folder, dtype, part)
     gap.refuse_large(str(folder))
     return Proof(of="model", error=gap.error, limit=gap.limit, runs=gap.runs, dtype=dtype)
 
@@ -94,8 +96,8 @@ def prove_by_twin(folder: Path, loading: Loading, dtype: str, beside: Path, capt
     return Proof(of="twin", error=gap.error, limit=gap.limit, runs=gap.runs, dtype=dtype)
 
 
-def _compare(graph: Path, folder: Path, dtype: str) -> Gap:
-    model, _ = load_model(folder, dtype)
+def _compare(graph: Path, folder: Path, dtype: str, part: Part = "") -> Gap:
+    model, _ = load_model(folder, dtype, part=part)
     with quiet():
         return measure_gap(graph, model, known_kind(model, folder), example_inputs(model, folder))
 

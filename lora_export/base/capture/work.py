@@ -10,7 +10,6 @@ looked at.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +37,7 @@ def refuse_much_work(model: Any, kind: ModelKind, inputs: Mapping[str, Any], fol
     """Raise `CheckpointError` if a model would compute much more on its example than suits its weights.
 
     Args:
-        model: A transformers model.
+        model: A model of transformers or diffusers.
         kind: Its kind.
         inputs: The example.
         folder: Its folder.
@@ -68,12 +67,9 @@ def _work_of(model: Any, kind: ModelKind, folder: Path, stored: int) -> tuple[in
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    attention = getattr(model.config, "_attn_implementation", None)
     with quiet(), torch.no_grad(), torch.device("meta"):
-        twin = type(model)._from_config(
-            copy.deepcopy(model.config), dtype=model.dtype, attn_implementation=attention
-        )
-        inputs = kind.example_inputs(twin.eval(), folder)
+        twin = kind.twin(model).eval()
+        inputs = kind.example_inputs(twin, folder)
         with FakeTensorMode(allow_non_fake_inputs=True), _watch(stored) as watch:
             twin(**inputs)
     return watch.count, watch.largest

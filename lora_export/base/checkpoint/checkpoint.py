@@ -174,13 +174,7 @@ def _no_safetensors(folder: Path) -> CheckpointError:
     if exists(folder / "adapter_config.json"):
         return CheckpointError(f"{folder} is an adapter, not a base model", "give it to --adapter")
     if exists(folder / "model_index.json"):
-        below = filter(is_folder, listed(folder))
-        parts = [path.name for path in below if listed(path, "*.safetensors") or listed(path, "config.json")]
-        return CheckpointError(
-            f"{folder} is a diffusers pipeline of several models, not one",
-            f"give the folder of one of them: {', '.join(parts) or 'unet, transformer, text_encoder, …'}",
-            [str(folder / part) for part in parts],
-        )
+        return several_models(folder)
     if (transformer := transformer_folder(folder)) is not None:
         return CheckpointError(
             f"{folder} is a model of sentence-transformers whose transformer has a folder of its own",
@@ -197,6 +191,17 @@ def _no_safetensors(folder: Path) -> CheckpointError:
         "convert the base: transformers' from_pretrained(...), for a GGUF with gguf_file=..., then "
         "save_pretrained(DIR, safe_serialization=True)",
         found,
+    )
+
+
+def several_models(folder: Path) -> CheckpointError:
+    """Return the error for a pipeline where one of its models is wanted."""
+    below = filter(is_folder, listed(folder))
+    parts = [path.name for path in below if listed(path, "*.safetensors") or listed(path, "config.json")]
+    return CheckpointError(
+        f"{folder} is a diffusers pipeline of several models, not one",
+        f"give the folder of one of them: {', '.join(parts) or 'unet, transformer, text_encoder, …'}",
+        [str(folder / part) for part in parts],
     )
 
 

@@ -9,9 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_export.base.kinds.diffusers_kind import DiffusersKind
     from lora_export.base.kinds.model_kind import ModelKind
 
 KINDS: dict[str, str] = {
+    "unet": "lora_export.base.kinds.unet:UNet",
+    "sd3": "lora_export.base.kinds.sd3:StableDiffusion3",
+    "flux": "lora_export.base.kinds.flux:Flux",
+    "wan": "lora_export.base.kinds.wan:Wan",
+    "vae-decoder": "lora_export.base.kinds.vae_decoder:VaeDecoder",
+    "vae-encoder": "lora_export.base.kinds.vae_encoder:VaeEncoder",
     "text-image": "lora_export.base.kinds.text_image:TextImage",
     "image-to-text": "lora_export.base.kinds.image_to_text:ImageToText",
     "vision": "lora_export.base.kinds.vision:Vision",
@@ -21,13 +28,28 @@ KINDS: dict[str, str] = {
     "encoder-decoder": "lora_export.base.kinds.encoder_decoder:EncoderDecoder",
     "text": "lora_export.base.kinds.text:Text",
 }
+# Class of diffusers → the kind that it is captured as, unless another part of it is asked for.
+DIFFUSERS: dict[str, str] = {
+    "UNet2DConditionModel": "unet",
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+    "WanTransformer3DModel": "wan",
+    "AutoencoderKL": "vae-decoder",
+}
 
 
 def kind_of(model: Any) -> ModelKind | None:
-    """Return the kind of a transformers model; None if it is none of `KINDS`."""
-    for target in KINDS.values():
-        module, _, attribute = target.partition(":")
-        kind: ModelKind = getattr(import_module(module), attribute)()
-        if kind.takes(model):
-            return kind
-    return None
+    """Return the kind of a model of transformers or diffusers; None if it is none of `KINDS`."""
+    return next((kind for kind in map(_loaded, KINDS) if kind.takes(model)), None)
+
+
+def diffusers_kind(name: str) -> DiffusersKind:
+    """Return an entry of `KINDS` that is one of diffusers'."""
+    kind: Any = _loaded(name)
+    return kind  # type: ignore[no-any-return]
+
+
+def _loaded(name: str) -> ModelKind:
+    module, _, attribute = KINDS[name].partition(":")
+    kind: ModelKind = getattr(import_module(module), attribute)()
+    return kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -28,14 +29,14 @@ class ModelKind(ABC):
 
     @abstractmethod
     def takes(self, model: Any) -> bool:
-        """Return whether a transformers model is of this kind."""
+        """Return whether a model of transformers or diffusers is of this kind."""
 
     @abstractmethod
     def example_inputs(self, model: Any, folder: Path) -> dict[str, Any]:
         """Return inputs that the model runs with, on its device.
 
         Args:
-            model: A transformers model.
+            model: A model of this kind.
             folder: Its folder.
 
         Raises:
@@ -58,9 +59,20 @@ class ModelKind(ABC):
         """Return the name of each free axis that has a smallest size above 1; by default none."""
         return {}
 
+    def step(self, model: Any, dim: str) -> int:
+        """Return the number of which the sizes of a free axis are multiples; by default 1."""
+        return 1
+
     def vocab_size(self, model: Any) -> int | None:
         """Return the number of token ids; None, as by default, if it reads none."""
         return None
+
+    def twin(self, model: Any) -> Any:
+        """Return a model of the same config with other weights, on the device of the context."""
+        attention = getattr(model.config, "_attn_implementation", None)
+        return type(model)._from_config(
+            copy.deepcopy(model.config), dtype=model.dtype, attn_implementation=attention
+        )
 
 
 class TokenKind(ModelKind):
@@ -109,7 +121,7 @@ def noise(model: Any, shape: Sequence[int], folder: Path) -> Any:
     """Return random values of a shape in the model's dtype; zeros on the meta device, which has no values.
 
     Args:
-        model: A transformers model.
+        model: A model of transformers or diffusers.
         shape: The shape, which its config states in some way.
         folder: Its folder.
 

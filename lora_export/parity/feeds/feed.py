@@ -17,7 +17,14 @@ import onnx_ir as ir
 
 from lora_export.adapter import Array
 from lora_export.errors import GraphError
-from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE
+from lora_export.graph.captured import (
+    BATCH,
+    DECODER_SEQUENCE,
+    PAST_SEQUENCE,
+    SEQUENCE,
+    SIDES,
+    TOTAL_SEQUENCE,
+)
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.graph.roles import role_of
 
@@ -78,7 +85,7 @@ class InputPort:
         if axis == 1 and dim is not None and isinstance(dim, int):
             return self._side(SEQUENCE)
         dims = tuple("" if size is None else size for size in self.shape)
-        found = role_of(self.name, dims, axis)
+        found = str(dim) if dim in SIDES else role_of(self.name, dims, axis)
         if found is None and axis == 1 and self.kind in _TOKEN_KINDS:
             found = SEQUENCE
         return self._side(found, str(dim)) if found == SEQUENCE else found

@@ -205,7 +205,7 @@ class _Maker:
         lengths = {BATCH: batch, PAST_SEQUENCE: past, TOTAL_SEQUENCE: past + sequence}
         lengths |= {SEQUENCE: sequence, DECODER_SEQUENCE: after, self._sizes.main: sequence}
         lengths[SAMPLES] = self._sizes.samples(number)
-        lengths |= self._sizes.fixed
+        lengths |= self._sizes.sides(number) | self._sizes.fixed
         masks = {}
         for later, side in enumerate(LENGTHS):
             before = past if side == self._sizes.main else 0

@@ -11,6 +11,7 @@ from lora_export.graph.captured import (
     PAST_SEQUENCE,
     SAMPLES,
     SEQUENCE,
+    SIDES,
     TOTAL_SEQUENCE,
     Captured,
 )
@@ -19,6 +20,8 @@ from lora_export.parity.feeds.feed import InputPort, sizes_by_role
 LENGTHS = (SEQUENCE, DECODER_SEQUENCE)
 DEFAULT_BATCHES, DEFAULT_SEQUENCES = (1, 4), (1, 16)
 _MAX_PAST = 7
+# Of sides, in their smallest sizes.
+_MAX_STEPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,8 @@ class Sizes:
             if isinstance(dim, int) and role is not None and fixed.setdefault(role, dim) != dim:
                 problems.append(f"{port.name}: {port.text}, but another input fixes {role} at {fixed[role]}")
             unknown = role is None or (role == SAMPLES and role not in smallest)
+            # Other exporters' graphs don't say of which step their sides are multiples.
+            unknown = unknown or (role in SIDES and captured is None)
             if not isinstance(dim, int) and unknown:
                 problems.append(f"{port.name}: {port.text}, the size of axis {axis} is unknown")
         largest = dict(captured.largest) if captured else {}
@@ -76,6 +81,15 @@ class Sizes:
     def samples(self, number: int) -> int:
         """Return the number of samples of a sound in the feed of a number: not always the same."""
         return (2 + number % 3) * self.smallest.get(SAMPLES, 1) + number
+
+    def sides(self, number: int) -> dict[str, int]:
+        """Return the sides of latents in the feed of a number, multiples of the smallest ones."""
+        found = {}
+        for place, role in enumerate(SIDES):
+            step = self.smallest.get(role, 1)
+            most = self.largest.get(role, _MAX_STEPS * step) // step
+            found[role] = max(1, min(most, 1 + (number + place) % _MAX_STEPS)) * step
+        return found
 
     def pasts(self, sequence: int) -> tuple[int, int]:
         """Return the smallest and largest past that may precede so many new tokens."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from lora_export.base.kinds import kind_of
 from lora_export.base.kinds.model_kind import longest_of
 from lora_export.graph.captured import Captured
 from lora_export.parity.feeds.sizes import DEFAULT_SEQUENCES, LENGTHS
@@ -63,8 +64,12 @@ def dtype_notes(about: About) -> list[str]:
 def _known_sizes(reference: Reference, stated: Captured) -> Mapping[str, int] | None:
     """Return role → the largest size that the reference has positions for; None if it doesn't tell."""
     if isinstance(reference, CheckpointReference):
-        config = getattr(reference.model.module, "config", None)
-        longest = None if config is None else longest_of(reference.model.module, config.get_text_config())
+        module = reference.model.module
+        config = getattr(module, "config", None)
+        if config is not None and not hasattr(config, "get_text_config"):  # of diffusers
+            kind = kind_of(module)
+            return kind.largest(module) if kind else {}
+        longest = None if config is None else longest_of(module, config.get_text_config())
         return dict.fromkeys(stated.largest, longest) if longest else {}
     if isinstance(reference, GraphReference) and reference.graph.about.captured is not None:
         return reference.graph.about.captured.largest

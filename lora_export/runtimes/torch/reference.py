@@ -126,7 +126,9 @@ class TorchReference:
     def vocab_size(self) -> int | None:
         """Number of token ids; None for a model that reads no tokens."""
         config = getattr(self._model, "config", None)
-        if config is None or getattr(self._model, "main_input_name", "") == "pixel_values":
+        if config is None or not hasattr(config, "get_text_config"):  # as of diffusers
+            return None
+        if getattr(self._model, "main_input_name", "") == "pixel_values":
             return None
         size = getattr(config.get_text_config(), "vocab_size", None)
         return None if size is None else int(size)
