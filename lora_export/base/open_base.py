@@ -230,6 +230,7 @@ def _captured(
         dtype=options.dtype or "float32",
         kv_cache=options.kv_cache,
         fused=options.fused,
+        part=options.part,
         replaced=[] if prepare else [name for adapter in adapters for name in adapter.extras],
     )
     return load_graph(captured)

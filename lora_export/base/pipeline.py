@@ -27,7 +27,7 @@ from lora_export.sites.naming.towers import kinds_of_class, kinds_of_words, othe
 from lora_export.untrusted.documents import read_json
 
 _SHOWN = 4
-_INDEX = "model_index.json"
+INDEX = "model_index.json"
 _FURTHER = re.compile(r"\w+_[2-9]|te[2-9]")
 # Names of denoisers (rule 2).
 _ANY_DENOISER = re.compile(r"(?:^|\.)diffusion_model[._]|^lora_unet_")
@@ -68,10 +68,10 @@ def refuse_other_components(adapters: Iterable[Adapter], places: Sequence[Path])
     adapters = list(adapters)
     place, own = next(((p, name) for p in places if (name := component_of(p))), (None, None))
     for adapter in adapters:
-        named = _named(adapter)
+        named = components_named(adapter)
         if place is not None and own is not None:
             there = _components(place.absolute().parent)
-            others = [name for name, modules in named.items() if not _is_own(name, own, modules, there)]
+            others = [name for name, modules in named.items() if not is_own(name, own, modules, there)]
             if not others:
                 continue
             if adapter.part is None and adapter.scope is None:
@@ -91,12 +91,12 @@ def refuse_other_components(adapters: Iterable[Adapter], places: Sequence[Path])
 
 def _shared(error: AdapterError, adapters: Sequence[Adapter], parts: Collection[str]) -> AdapterError:
     """Return an error with a hint in case ``--component`` does not fit all of several adapters."""
-    if all(set(parts) <= set(_named(adapter)) for adapter in adapters):
+    if all(set(parts) <= set(components_named(adapter)) for adapter in adapters):
         return error
     return AdapterError(error.message, f"{error.hint}; {SHARED}", error.problems)
 
 
-def _named(adapter: Adapter) -> dict[str, list[LoraModule]]:
+def components_named(adapter: Adapter) -> dict[str, list[LoraModule]]:
     """Return the components that a file names, each with its modules."""
     found: dict[str, list[LoraModule]] = {}
     for module in adapter.modules.values():
@@ -108,14 +108,14 @@ def _named(adapter: Adapter) -> dict[str, list[LoraModule]]:
 def _components(pipeline: Path) -> Collection[str]:
     """Return the components of a pipeline's folder; none if it isn't one."""
     try:
-        index = read_json(pipeline / _INDEX)
+        index = read_json(pipeline / INDEX)
     except LoraExportError:
         return ()
     entries = index.items() if isinstance(index, dict) else ()
     return [name for name, value in entries if isinstance(value, list)]
 
 
-def _is_own(name: str, own: str, modules: Sequence[LoraModule], pipeline: Collection[str]) -> bool:
+def is_own(name: str, own: str, modules: Sequence[LoraModule], pipeline: Collection[str]) -> bool:
     """Return True if a component that a file names is the base's (rules 1 and 2)."""
     if _SAME.get(name, name) == own:
         return True

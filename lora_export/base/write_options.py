@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lora_export.base.parts import Part
 from lora_export.base.reads import CheckpointChoice
 
 
@@ -24,6 +25,7 @@ class WriteOptions:
         force: Replace existing outputs.
         dry_run: Write nothing.
         progress: Function that is called with the number of bytes just written.
+        part: Use of a captured model in a pipeline, if its graph differs for it; not a mode's argument.
     """
 
     checkpoint: CheckpointChoice = None
@@ -35,8 +37,10 @@ class WriteOptions:
     force: bool = False
     dry_run: bool = False
     progress: Callable[[int], None] | None = None
+    part: Part = ""
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> WriteOptions:
         """Return the options from the ``locals()`` of a mode, which has arguments of the same names."""
-        return cls(**{option.name: arguments[option.name] for option in fields(cls)})
+        names = [option.name for option in fields(cls) if option.name != "part"]
+        return cls(**{name: arguments[name] for name in names})

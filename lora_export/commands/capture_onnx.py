@@ -18,7 +18,13 @@ _PATH = click.Path(path_type=Path)
     "capture-onnx", cls=Verb, short_help="Write a Hugging Face checkpoint as an ONNX graph: the base."
 )
 @click.argument("checkpoint", type=_PATH)
-@click.option("-o", "--output", required=True, type=_PATH, help="The .onnx file to write.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=_PATH,
+    help="The .onnx file to write; of a diffusers pipeline, the folder of its graphs.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -64,17 +70,22 @@ def capture_onnx(
 ) -> None:
     """Write the graph of CHECKPOINT, a folder that save_pretrained wrote, as OUT.onnx and OUT.onnx.data.
 
+    CHECKPOINT is a model of transformers or diffusers, or a pipeline of diffusers, of which OUT becomes a
+    folder: OUT/unet/model.onnx, OUT/vae_decoder/model.onnx, … as optimum's pipelines read it.
+
     merge-onnx, swap-onnx and bank-onnx also capture a folder themselves. Capture it once, and each of them
     takes seconds; with --share-base their graphs then use one copy of the weights. To merge into float16 or
     bfloat16, give merge-onnx the folder: it rounds W0 + ΔW once, while the W0 of a captured graph is rounded
     already.
 
     \b
-    Example:
+    Examples:
       lora-export capture-onnx my-model --dtype float16 --kv-cache -o base/model.onnx
+      lora-export capture-onnx my-pipeline -o graphs
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.base.checkpoint.checkpoint import read_config
     from lora_export.base.checkpoint.own_code import code_notes
+    from lora_export.base.open_base import output_paths
     from lora_export.graph.onnx_file import load_graph
     from lora_export.graph.proof import Proof
     from lora_export.modes import capture_onnx as mode
@@ -84,7 +95,7 @@ def capture_onnx(
 
     started = time.monotonic()
     with byte_progress(f"writing {output}", quiet):
-        graph, data = mode.capture_onnx(
+        written = mode.capture_onnx(
             checkpoint,
             output,
             dtype=dtype,
@@ -96,9 +107,12 @@ def capture_onnx(
             force=force,
         )
     if not quiet:
-        size = size_text(data.stat().st_size if is_file(data) else 0)
+        graphs = [path for path in written if path.suffix == ".onnx"]
+        files = [file for graph in graphs for file in (graph, output_paths(graph)["data"]) if is_file(file)]
+        size = size_text(sum(file.stat().st_size for file in files if file not in graphs))
         print_lines([f"captured {checkpoint} in {time.monotonic() - started:.1f} s: {size} of weights"])
-        if proof := Proof.from_metadata(load_graph(graph).model.metadata_props):
-            print_lines([str(proof)])
-        print_lines([f"wrote {file}" for file in (graph, data) if is_file(file)])
+        for graph in graphs:
+            if proof := Proof.from_metadata(load_graph(graph).model.metadata_props):
+                print_lines([f"{graph.parent.name}: {proof}" if len(graphs) > 1 else str(proof)])
+        print_lines([f"wrote {file}" for file in files])
     print_lines([f"note: {note}" for note in code_notes(read_config(checkpoint))], err=True)

@@ -29,8 +29,16 @@ _PATH = click.Path(path_type=Path)
     cls=Verb,
     short_help="Merge adapters into an ONNX graph, or export a merged checkpoint to ONNX.",
 )
-@click.option("--base", required=True, type=_PATH, help="An ONNX file, or a Hugging Face checkpoint folder.")
-@click.option("-o", "--output", required=True, type=_PATH, help="The .onnx file to write.")
+@click.option(
+    "--base", required=True, type=_PATH, help="An ONNX file, or a folder of transformers or diffusers."
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=_PATH,
+    help="The .onnx file to write; of a diffusers pipeline, the folder of its graphs.",
+)
 @checkpoint_options
 @capture_options
 @click.option("--share-base", is_flag=True, help="Leave unchanged weights in the base's data files.")
@@ -42,12 +50,15 @@ def merge_onnx(
 ) -> None:
     """Merge adapters into an ONNX graph: W' = W0 + scaling·B·A. The model runs as fast as the base.
 
-    Writes OUT.onnx, OUT.onnx.data and OUT.lora.json (what went where, hashes, what rounding cost).
+    Writes OUT.onnx, OUT.onnx.data and OUT.lora.json (what went where, hashes, what rounding cost). Of a
+    pipeline of diffusers it writes OUT/unet/model.onnx, OUT/text_encoder/model.onnx, …: an adapter file with
+    several components goes into all of them at once.
 
     \b
     Examples:
       lora-export merge-onnx --base model.onnx --adapter my-adapter -o merged/model.onnx
       lora-export merge-onnx --base hf-folder --kv-cache --dtype float16 --adapter my-adapter -o m/model.onnx
+      lora-export merge-onnx --base sdxl-pipeline --adapter lora.safetensors -o graphs
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.modes import merge_onnx as mode
     from lora_export.progress import byte_progress

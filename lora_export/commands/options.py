@@ -151,7 +151,7 @@ def read_checkpoint_options(options: dict[str, Any]) -> None:
 
 _EXPOSE_OPTIONS = [
     click.option(
-        "--base", required=True, type=_PATH, help="An ONNX file, or a Hugging Face checkpoint folder."
+        "--base", required=True, type=_PATH, help="An ONNX file, or a folder of transformers or diffusers."
     ),
     click.option("-o", "--output", required=True, type=_PATH, help="The .onnx file to write."),
     *_CHECKPOINT_OPTIONS,

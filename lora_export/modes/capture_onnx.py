@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from lora_export.base.capture.capture import Trace, capture_checkpoint
 from lora_export.base.open_base import output_paths
+from lora_export.base.pipeline_graphs import is_pipeline
 from lora_export.base.reads import files_read
+from lora_export.errors import OutputError
+from lora_export.modes.pipelines.capture import capture_pipeline
 from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.inputs import same_inputs
 from lora_export.storage.outputs import OutputSet, make_parent, output_errors, refuse_replacing
@@ -28,12 +32,13 @@ def capture_onnx(
     twin: bool = True,
     share_base: bool = False,
     force: bool = False,
-) -> tuple[Path, Path]:
-    """Write a Hugging Face checkpoint as ``output`` and ``output.data``.
+) -> tuple[Path, ...]:
+    """Write a Hugging Face checkpoint as ``output`` and ``output.data``, or a pipeline as a folder of graphs.
 
     Args:
-        checkpoint: Folder that ``save_pretrained`` wrote.
-        output: The ``.onnx`` file to write.
+        checkpoint: Folder that ``save_pretrained`` wrote: of a model of transformers or diffusers, or of a
+            pipeline of diffusers.
+        output: The ``.onnx`` file to write; of a pipeline, the folder.
         dtype: Dtype of weights, inputs and outputs: ``float32``, ``float16`` or ``bfloat16``.
         kv_cache: Make keys and values of past tokens inputs and outputs; for decoders.
         trace: ``loaded`` traces the model with its weights; ``outline`` traces a layer of each kind without
@@ -48,13 +53,17 @@ def capture_onnx(
         force: Replace existing output files.
 
     Returns:
-        The graph and its data.
+        The graph and its data; of a pipeline, all graphs.
 
     Raises:
         LoraExportError: As `capture.capture_checkpoint`; `OutputError` if a file exists or the name does not
             end in ``.onnx``.
     """
     graph = Path(output)
+    if is_pipeline(Path(checkpoint)):
+        given = {"--kv-cache": kv_cache, "--fused": fused, "--share-base": share_base}
+        _refuse_options(Path(checkpoint), given | {"--trace outline": trace == "outline"})
+        return capture_pipeline(Path(checkpoint), graph, dtype, force=force, proven=twin)
     data = output_paths(graph)["data"]
     reads = files_read(Path(checkpoint), ())
     refuse_replacing([graph, data], force, reads)
@@ -84,3 +93,13 @@ def capture_onnx(
         if not has_data:
             data.unlink(missing_ok=True)  # of the graph that was here before
     return graph, data
+
+
+def _refuse_options(pipeline: Path, flags: Mapping[str, bool]) -> None:
+    """Refuse options for one model of transformers."""
+    given = " and ".join(flag for flag, is_given in flags.items() if is_given)
+    if given:
+        raise OutputError(
+            f"{pipeline} is a pipeline of several models, for which there is no {given}",
+            f"omit {given}, or give the folder of one of its models",
+        )

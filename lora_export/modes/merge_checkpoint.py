@@ -14,20 +14,18 @@ from typing import Any
 from lora_export.base.checkpoint.sentence_modules import lost_modules
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.reads import files_read
-from lora_export.errors import OutputError
 from lora_export.formats.given import AdapterLike
 from lora_export.machines.packages import package_versions
 from lora_export.modes.merging.blend import check_blend
 from lora_export.modes.merging.checkpoint_files import small_files, unmerged_notes
 from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
+from lora_export.modes.merging.output_folder import refuse_output
 from lora_export.modes.merging.report import MergeReport
-from lora_export.storage.folders import listed_files, refuse_strangers
 from lora_export.storage.hashes import hash_file, hash_folder
 from lora_export.storage.inputs import same_inputs
 from lora_export.storage.manifest import Manifest, adapter_entry
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_inputs
 from lora_export.storage.rounding import Mode, rounding_dict
-from lora_export.untrusted.places import exists, is_folder
 
 
 @same_inputs()
@@ -82,7 +80,7 @@ def merge_checkpoint(
     target, folder = Path(output), Path(base)
     reads = files_read(folder, loaded, None)
     refuse_inputs([target], reads)
-    _refuse_output(target, folder, force)
+    refuse_output(target, folder, force)
     small, left_out = small_files(merge.checkpoint, merge.placed.changes)
     report = MergeReport(
         plan=replace(plan, notes=(*plan.notes, *unmerged_notes(merge.checkpoint, small))),
@@ -100,28 +98,8 @@ def merge_checkpoint(
             report = replace(report, roundings=merge.write(staged, small, rounding, progress))
             _manifest(merge, report, described, staged).save(staged / MANIFEST)
         # The set itself refuses files that are read, now once more.
-        outputs.commit(lambda: _refuse_output(target, folder, force))
+        outputs.commit(lambda: refuse_output(target, folder, force))
     return report
-
-
-def _refuse_output(target: Path, base: Path, force: bool) -> None:
-    """Refuse to write into the base, and to replace a folder that is not a merged model."""
-    if base.resolve() in target.resolve().parents:
-        raise OutputError(
-            f"the output {target} is in the base {base}, and would be copied into itself",
-            "choose another folder",
-        )
-    if not exists(target) or not force:
-        return
-    # A folder is removed as a whole: only one that an earlier merge wrote, never a model that somebody
-    # trained.
-    ours = is_folder(target) and (not any(target.iterdir()) or exists(target / MANIFEST))
-    if not ours:
-        raise OutputError(
-            f"{target} has no {MANIFEST}, so no merge has written it: it is not replaced, even with --force",
-            "choose another name, or remove it yourself",
-        )
-    refuse_strangers(target, listed_files(target / MANIFEST), "merged model")
 
 
 def _manifest(

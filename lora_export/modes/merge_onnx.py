@@ -15,6 +15,7 @@ from lora_export.adapter import Adapter
 from lora_export.base.history.history import MANIFEST, History, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
 from lora_export.base.open_base import Base, open_base, output_paths
+from lora_export.base.pipeline_graphs import is_pipeline
 from lora_export.base.planning.of_module import refuse_other_modules
 from lora_export.base.reads import CheckpointChoice
 from lora_export.base.ties.copies import may_replace_ties
@@ -29,6 +30,7 @@ from lora_export.modes.merging.checkpoint_files import small_files
 from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
 from lora_export.modes.merging.into_graph import mark_merged, plan_changes
 from lora_export.modes.merging.report import MergeReport
+from lora_export.modes.pipelines.merge import merge_pipeline
 from lora_export.plan import Plan
 from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.hashes import hash_written, identity_of
@@ -66,9 +68,10 @@ def merge_onnx(
     """Merge adapters into an ONNX graph and write it as ``output``, ``output.data`` and ``*.lora.json``.
 
     Args:
-        base: An ONNX file from any exporter, or a Hugging Face checkpoint folder, which is then captured.
+        base: An ONNX file from any exporter, or a folder of transformers or diffusers (a model's or a whole
+            pipeline's), which is then captured.
         adapters: Paths for `load_adapter`, or `Adapter` values; one or several.
-        output: The ``.onnx`` file to write.
+        output: The ``.onnx`` file to write; of a pipeline, the folder of its graphs.
         checkpoint: Folder of the checkpoint that ``base`` was exported from. Weights are then found by
             content, and every match by name is verified. None: the folder that an adapter names as its base,
             if it is on this machine; False: names alone.
@@ -98,14 +101,32 @@ def merge_onnx(
     """
     out, base = Path(output), Path(base)
     loaded, factors = check_blend(adapters, weights, component)
+    options = WriteOptions.among(locals())
+    if not is_pipeline(base):
+        return _merge_one(base, out, loaded, factors, rounding=rounding, options=options)
+    return merge_pipeline(
+        base, out, loaded, factors, rounding=rounding, options=options, merge_one=_merge_one
+    )
+
+
+def _merge_one(
+    base: Path,
+    output: Path,
+    adapters: Sequence[Adapter],
+    factors: Sequence[float],
+    *,
+    rounding: Mode,
+    options: WriteOptions,
+) -> MergeReport:
+    """Merge into a graph, or into the model of a folder."""
     merging = _Merging(
         base=base,
-        out=out,
-        adapters=loaded,
+        out=output,
+        adapters=adapters,
         factors=factors,
         rounding=rounding,
         before=_merged_before(base),
-        options=WriteOptions.among(locals()),
+        options=options,
     )
     return merging.run()
 

@@ -49,9 +49,7 @@ class CachedDecoder:
 
 def switch_cache(model: Any, used: bool) -> None:
     """Switch a model's cache on or off, also of the language model inside a vision–language model."""
-    # Models of diffusers have none, and the encoders of T5 and its relatives refuse to be asked for one.
-    is_encoder = type(model).__name__.endswith("EncoderModel")
-    if not hasattr(model.config, "get_text_config") or (used and is_encoder):
+    if not hasattr(model.config, "get_text_config"):  # a model of diffusers, which has none
         return
     configs = [model.config, model.config.get_text_config()]
     if not used:

@@ -1,0 +1,198 @@
+"""Read which graphs a pipeline of diffusers becomes, and which of its parts stay files as they are.
+
+The folders of graphs have the names of optimum's ONNX pipelines: ``unet``, ``transformer``, ``text_encoder``,
+``vae_decoder``, ``vae_encoder`` with a ``model.onnx`` each, beside ``tokenizer``, ``scheduler`` and
+``model_index.json``: https://github.com/huggingface/optimum-onnx
+``optimum/onnxruntime/modeling_diffusion.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.kinds import DIFFUSERS
+from lora_export.base.parts import Part
+from lora_export.base.pipeline import INDEX
+from lora_export.errors import CheckpointError, LoraExportError
+from lora_export.storage.inputs import note_inputs
+from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.fields import seen
+from lora_export.untrusted.links import refuse_links
+from lora_export.untrusted.places import is_file, is_folder, listed
+
+_TEXT_ENCODER = re.compile(r"text_encoder(?:_\d)?")
+_VAE, _VAE_CLASS = "vae", "AutoencoderKL"
+_DOWNLOAD = "download the pipeline again, or save it with save_pretrained"
+# Ends of files that hold weights, and of code.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
+_CODE = ".py"
+# Tokenizers of large vocabularies have 30 MB.
+_COPIED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class PipelineGraph:
+    """A graph that a pipeline becomes.
+
+    Attributes:
+        name: Its folder in the output.
+        component: Component of the pipeline that it is made from.
+        folder: The component's folder.
+        part: Use of the model, if its graph differs for it.
+    """
+
+    name: str
+    component: str
+    folder: Path
+    part: Part = ""
+
+    @property
+    def takes_adapters(self) -> bool:
+        """True if an adapter for the component changes this graph: trainers leave autoencoders alone."""
+        return self.component != _VAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A pipeline's folder.
+
+    Attributes:
+        folder: The folder.
+        index: Its ``model_index.json``, without the components that are left out.
+        graphs: The graphs that it becomes.
+        copied: Files that are copied, by their paths in the pipeline.
+        notes: Notes on what is left out.
+    """
+
+    folder: Path
+    index: Mapping[str, Any]
+    graphs: tuple[PipelineGraph, ...]
+    copied: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def components(self) -> dict[str, Path]:
+        """Component that adapters may be for → its folder."""
+        return {graph.component: graph.folder for graph in self.graphs if graph.takes_adapters}
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that are read, but the weights' of components that are left out."""
+        folders = dict.fromkeys(graph.folder for graph in self.graphs)
+        own = [path for folder in folders for path in listed(folder) if is_file(path)]
+        return [self.folder / INDEX, *own, *(self.folder / path for path in self.copied)]
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Return whether a folder is that of a pipeline."""
+    return is_folder(folder) and is_file(folder / INDEX)
+
+
+def open_pipeline(folder: Path) -> Pipeline:
+    """Read a pipeline's index and the headers of its weights.
+
+    Raises:
+        CheckpointError: Components are missing, damaged, or can't be captured; all of them are listed.
+    """
+    note_inputs([folder / INDEX])
+    index = _read_index(folder)
+    reading = _Reading(folder=folder)
+    for name, entry in index.items():
+        if isinstance(entry, list):
+            reading.add(name, entry)
+    if not any(graph.component != _VAE and not graph.part for graph in reading.graphs):
+        found = ", ".join(f"{name} ({index[name][1]})" for name in reading.left_out)
+        wanted = ", ".join(name for name in DIFFUSERS if name != _VAE_CLASS)
+        reading.problems.append(f"no denoiser among its models ({found or 'none'}), wanted one of {wanted}")
+    reading.problems += _damaged(reading.graphs)
+    if reading.problems:
+        raise CheckpointError(f"the pipeline {folder} can't be captured", _DOWNLOAD, reading.problems)
+    kept = {name: [None, None] if name in reading.left_out else value for name, value in index.items()}
+    notes = [f"left out, as no graph is made from it: {name}" for name in reading.left_out]
+    pipeline = Pipeline(
+        folder=folder,
+        index=kept,
+        graphs=tuple(reading.graphs),
+        copied=tuple(reading.copied),
+        notes=tuple(notes),
+    )
+    refuse_links(folder, pipeline.files, CheckpointError)
+    note_inputs(pipeline.files)
+    return pipeline
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """Return a pipeline's index, which names a class of diffusers."""
+    file = folder / INDEX
+    index = read_json(file, CheckpointError, _DOWNLOAD, given=folder)
+    if not isinstance(index, dict):
+        raise CheckpointError(f"{file} holds {type(index).__name__}, not an object", _DOWNLOAD)
+    if not isinstance(index.get("_class_name"), str):
+        raise CheckpointError(
+            f"{file}: _class_name is {seen(index.get('_class_name'))}, wanted the name of a class of "
+            "diffusers (code of a pipeline's own is never run)",
+            "capture its components one by one: give their folders",
+        )
+    return index
+
+
+@dataclass(kw_only=True)
+class _Reading:
+    """Components of a pipeline, sorted by what becomes of them."""
+
+    folder: Path
+    graphs: list[PipelineGraph] = field(default_factory=list)
+    copied: list[Path] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, name: str, entry: list[Any]) -> None:
+        """Sort an entry of the index: library and class, both null for a component that is not there."""
+        place = self.folder / name
+        match entry:
+            case [None, None]:
+                return
+            case [str() as library, str() as kind]:
+                pass
+            case _:
+                self.problems.append(f"{INDEX}: {name} is {seen(entry)}, wanted library and class")
+                return
+        if Path(name).name != name or not is_folder(place):
+            self.problems.append(f"{name} ({kind}): no folder of it")
+        elif library == "diffusers" and kind == _VAE_CLASS and name == _VAE:
+            self.graphs.append(PipelineGraph("vae_decoder", name, place))
+            self.graphs.append(PipelineGraph("vae_encoder", name, place, "vae-encoder"))
+        elif library == "diffusers" and kind in DIFFUSERS and kind != _VAE_CLASS:
+            self.graphs.append(PipelineGraph(name, name, place))
+        elif _TEXT_ENCODER.fullmatch(name):
+            if library == "transformers":
+                self.graphs.append(PipelineGraph(name, name, place, "prompt"))
+            else:
+                self.problems.append(f"{name} ({library}.{kind}): not a model of transformers")
+        else:
+            self._copy(name, place)
+
+    def _copy(self, name: str, place: Path) -> None:
+        """Keep the files of a component without weights: a tokenizer, a scheduler."""
+        files = [path for path in listed(place) if is_file(path) and not path.name.startswith(".")]
+        if any(path.suffix in _WEIGHTS for path in files):
+            self.left_out.append(name)
+            return
+        large = [path for path in files if path.stat().st_size > _COPIED_BYTES]
+        self.problems += [f"{path}: more than {_COPIED_BYTES} bytes" for path in large]
+        # Code is not needed for a class of a library, and nobody should be asked to run it.
+        self.copied += [path.relative_to(self.folder) for path in files if path.suffix != _CODE]
+
+
+def _damaged(graphs: list[PipelineGraph]) -> Iterator[str]:
+    """Yield the problems of the weights of components."""
+    for folder in dict.fromkeys(graph.folder for graph in graphs):
+        try:
+            Checkpoint.open(folder)
+        except LoraExportError as error:
+            yield from (f"{folder.name}: {line}" for line in (error.problems or (error.message,)))

@@ -1,0 +1,1 @@
+"""Write a pipeline of diffusers as a folder of graphs."""
