@@ -111,7 +111,9 @@ def open_pipeline(folder: Path) -> Pipeline:
         reading.problems.append(f"no denoiser among its models ({found or 'none'}), wanted one of {wanted}")
     reading.problems += _damaged(reading.graphs)
     if reading.problems:
-        raise CheckpointError(f"the pipeline {folder} can't be captured", _DOWNLOAD, reading.problems)
+        raise CheckpointError(
+            f"the diffusers pipeline {folder} can't be captured", _DOWNLOAD, reading.problems
+        )
     kept = {name: [None, None] if name in reading.left_out else value for name, value in index.items()}
     notes = [f"left out, as no graph is made from it: {name}" for name in reading.left_out]
     pipeline = Pipeline(

@@ -360,12 +360,20 @@ def test_a_model_that_can_not_be_traced(wan, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_halves(dtype, wan, tmp_path):
-    graph, _ = capture_onnx(wan, tmp_path / "m.onnx", dtype=dtype)
-    weights = {value.name: value.data_type for value in onnx.load(graph).graph.initializer}
-    stored = getattr(onnx.TensorProto, dtype.upper())
-    assert weights["blocks.0.attn1.to_q.weight"] == stored
+    path, table = "blocks.0.attn1.to_q", "blocks.0.scale_shift_table"
+    pair = tiny.pairs_of(tiny.wan(), (path,))
+    adapter = written(tmp_path / "a.safetensors", pair, "transformer")
+    merge_onnx(wan, adapter, tmp_path / "m.onnx", dtype=dtype)
+    weights = {value.name: value for value in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    assert weights[f"{path}.weight"].data_type == getattr(onnx.TensorProto, dtype.upper())
     # Norms, time steps and modulation are computed in float32 by diffusers as well.
-    assert weights["blocks.0.scale_shift_table"] == onnx.TensorProto.FLOAT
+    assert weights[table].data_type == onnx.TensorProto.FLOAT
+    a, b = pair[path]
+    before = load_file(wan / "diffusion_pytorch_model.safetensors")[f"{path}.weight"].double()
+    wanted = before + ALPHA / RANK * b.double() @ a.double()
+    found = onnx.numpy_helper.to_array(weights[f"{path}.weight"]).astype(np.float64)
+    # Rounded once: half a step of the dtype.
+    assert np.abs(found / wanted.numpy() - 1).max() <= torch.finfo(getattr(torch, dtype)).eps / 2 * 1.001
 
 
 def test_parity_makes_latents_of_several_sizes(wan, tmp_path):

@@ -66,7 +66,7 @@ class Checkpoint:
         config = read_config(folder)
         found = find_weights(folder, is_diffusers=_diffusers_class(config) != "", config=config)
         if found is None:
-            raise _no_safetensors(folder)
+            raise _no_safetensors(folder, _diffusers_class(config))
         refuse_links(
             folder, [folder / name for name in ("config.json", found.name, *found.files)], CheckpointError
         )
@@ -168,7 +168,7 @@ def _diffusers_class(config: Mapping[str, Any]) -> str:
     return "" if "model_type" in config else str(config.get("_class_name", ""))
 
 
-def _no_safetensors(folder: Path) -> CheckpointError:
+def _no_safetensors(folder: Path, diffusers_class: str) -> CheckpointError:
     found = [f"{name}: {kind}" for name, kind in _OTHER_FORMATS.items() if exists(folder / name)]
     found += [f"{path.name}: GGUF" for path in listed(folder, "*.gguf")]
     if exists(folder / "adapter_config.json"):
@@ -185,6 +185,12 @@ def _no_safetensors(folder: Path) -> CheckpointError:
             f"{folder} is a model's folder in the Hugging Face cache, above its snapshots",
             f"give the snapshot: {snapshots[-1]}" if len(snapshots) == 1 else "give one of its snapshots",
             [str(path) for path in snapshots[1:] and snapshots],
+        )
+    if diffusers_class:
+        return CheckpointError(
+            f"{folder} holds a model of diffusers ({diffusers_class}) without safetensors",
+            "download its weights, or save it with diffusers' save_pretrained(DIR, safe_serialization=True)",
+            [f"{path.name}: other weights" for path in listed(folder, "*.bin")],
         )
     return CheckpointError(
         f"{folder} holds no safetensors",
