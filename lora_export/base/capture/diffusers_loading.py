@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def load_component(path: Path, dtype: str, kind: str = "") -> tuple[Any, Collect
     refuse_wide(path, found.from_config, dict(config))
     # Parts that a class keeps in float32 would stay so beside float64, where nothing is gained by it.
     is_exact = dtype == "float64"
-    with quiet(), _errors_only(), few_modules(path):
+    with quiet(), _put_back(), few_modules(path):
         try:
             model, loading = found.from_pretrained(
                 path,
@@ -66,13 +66,19 @@ def load_component(path: Path, dtype: str, kind: str = "") -> tuple[Any, Collect
 
 
 @contextlib.contextmanager
-def _errors_only() -> Any:
-    """Have diffusers log errors only: its remarks on versions and devices are not for our user."""
+def _put_back() -> Iterator[None]:
+    """Have diffusers log errors only, and put back what it leaves changed.
+
+    Its remarks on versions and devices are not for our user. A load that fails leaves torch's default dtype
+    that of the load.
+    """
+    import torch
     from diffusers.utils import logging
 
-    before = logging.get_verbosity()
+    verbosity, dtype = logging.get_verbosity(), torch.get_default_dtype()
     logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
+        torch.set_default_dtype(dtype)

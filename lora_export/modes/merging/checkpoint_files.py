@@ -156,7 +156,8 @@ def write_config(
             for key in ("dtype", "torch_dtype"):
                 if isinstance(level.get(key), str):
                     level[key] = dtype
-        if "dtype" not in config and "torch_dtype" not in config:
+        # A class of diffusers would take it for an argument, and refuse it.
+        if "dtype" not in config and "torch_dtype" not in config and not checkpoint.diffusers_class:
             config["dtype"] = dtype
     if placed.vocabulary is not None:
         config = resized_config(config, *placed.vocabulary)
