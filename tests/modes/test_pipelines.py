@@ -14,7 +14,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_export import (
     AdapterError,
@@ -417,3 +417,32 @@ def test_what_a_pipeline_is_not_for(arguments, text, pipe, tmp_path, monkeypatch
     assert text in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     assert traced == []
+
+
+def test_a_blend_goes_into_one_part_and_a_dry_run_writes_nothing(pipe, tmp_path, traced, capsys):
+    path = "encoder.layers.0.self_attn.q_proj"
+    pairs = [{"text_encoder": {path: (torch.randn(2, 12), torch.randn(12, 2))}} for _ in range(2)]
+    files = [diffusers_file(tmp_path / f"{number}.safetensors", one) for number, one in enumerate(pairs)]
+    out = tmp_path / "out"
+    words = ["merge-onnx", "--base", str(pipe), "-o", str(out)]
+    for file, weight in zip(files, ("0.5", "-2"), strict=True):
+        words += ["--adapter", str(file), "--weight", weight]
+    assert _run([*words, "--dry-run"], False) == 0
+    assert f"text_encoder/{path}.weight" in capsys.readouterr().out
+    assert not out.exists()
+    assert traced == []
+    assert _run(words, False) == 0
+    assert [name for name, _ in traced] == ["unet", "vae", "vae"]
+    graph = onnx.load(out / "text_encoder" / "model.onnx").graph
+    (found,) = [value for value in graph.initializer if value.name.endswith(f"{path}.weight")]
+    stored = load_file(pipe / "text_encoder" / "model.safetensors")
+    (before,) = [values for name, values in stored.items() if name.endswith(f"{path}.weight")]
+    wanted = before.double()
+    for one, weight in zip(pairs, (0.5, -2.0), strict=True):
+        a, b = one["text_encoder"][path]
+        wanted = wanted + weight * b.double() @ a.double()
+    np.testing.assert_allclose(onnx.numpy_helper.to_array(found), wanted.numpy(), rtol=1e-5, atol=1e-5)
+    manifest = json.loads((out / "lora.json").read_text())
+    assert [entry["weight"] for entry in manifest["adapters"]] == [0.5, -2.0]
+    assert manifest["outputs"]["adapters"] == {"text_encoder": ["0", "1"]}
+    assert not verify(out).failures()
