@@ -28,9 +28,11 @@ from lora_export import (
     merge_onnx,
     swap_onnx,
 )
+from lora_export.base.capture.capture import capture_checkpoint
 from lora_export.base.capture.loading import load_model
 from lora_export.base.kinds import DIFFUSERS, KINDS
 from lora_export.graph.captured import Captured
+from lora_export.graph.proof import Proof
 
 tiny = pytest.importorskip("tiny_pipelines")
 
@@ -234,6 +236,27 @@ def test_a_component_folder_answers_as_diffusers_does(name, tmp_path):
     captured = Captured.from_metadata(props)
     assert captured is not None
     assert captured.kind == ("vae-decoder" if case.component == "vae" else "denoiser")
+
+
+@pytest.mark.proven
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (tiny.flux, ""),
+        (tiny.wan, ""),
+        (tiny.vae, "vae-encoder"),
+        (tiny.clip_projected, "prompt"),
+        (tiny.t5, "prompt"),
+    ],
+)
+def test_a_capture_is_compared_with_diffusers_before_it_is_written(make, part, tmp_path):
+    tiny.saved(make, tmp_path / "model")
+    capture_checkpoint(tmp_path / "model", tmp_path / "m.onnx", part=part)
+    props = onnx.load(tmp_path / "m.onnx", load_external_data=False).metadata_props
+    proof = Proof.from_metadata({entry.key: entry.value for entry in props})
+    assert proof is not None
+    assert (proof.of, proof.runs) == ("model", 2)
+    assert 0 < proof.error <= proof.limit
 
 
 def test_each_class_has_a_case():

@@ -31,6 +31,8 @@ class DiffusersKind(ModelKind):
         free: Input → its free axes and their names.
     """
 
+    # Angles of time steps, up to 1000, are computed in float32 in every dtype.
+    is_exact_in_float64 = False
     model_class: ClassVar[str]
     main_input: ClassVar[str]
     free: ClassVar[Mapping[str, Mapping[int, str]]]

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lora_export.base.checkpoint.module_counts import weights_bytes
 from lora_export.errors import CheckpointError
@@ -25,7 +25,14 @@ _SMALL_BYTES = 32 << 20
 
 
 class ModelKind(ABC):
-    """A kind of model; it holds nothing."""
+    """A kind of model; it holds nothing.
+
+    Attributes:
+        is_exact_in_float64: True if a model in float64 computes all but details in it, so that its answers
+            tell how far those in float32 are off.
+    """
+
+    is_exact_in_float64: ClassVar[bool] = True
 
     @abstractmethod
     def takes(self, model: Any) -> bool:
