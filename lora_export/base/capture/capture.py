@@ -249,7 +249,7 @@ def _twin_proof(
     if in_place and is_own_twin(path, way.dtype) and not way.replaced:
         return None
     if loading is None or way.part:
-        return Proof(of="nothing", reason="no small twin is made of a model of a pipeline")
+        return Proof(of="nothing", reason="no small twin is made for a model of a pipeline")
     return prove_by_twin(path, loading, way.dtype, beside=output.parent, capture=capture)
 
 
