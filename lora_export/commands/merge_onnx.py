@@ -14,6 +14,7 @@ from lora_export.commands.options import (
     load_adapters,
     merge_options,
     print_merge,
+    quantize_option,
     read_checkpoint_options,
 )
 from lora_export.commands.printing import print_lines
@@ -33,6 +34,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("-o", "--output", required=True, type=_PATH, help="The .onnx file to write.")
 @checkpoint_options
 @capture_options
+@quantize_option
 @click.option("--share-base", is_flag=True, help="Leave unchanged weights in the base's data files.")
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @merge_options

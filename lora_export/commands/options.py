@@ -83,6 +83,11 @@ _CAPTURE_OPTIONS = [
         help="Capture a checkpoint folder with attention, rotary embeddings and RMS norms as one node each.",
     ),
 ]
+_QUANTIZE = click.option(
+    "--quantize",
+    type=click.Choice(["int4", "int8"]),
+    help="Quantise the written weights, as quantize-onnx does by default; LoRA stays in float.",
+)
 _CHECKPOINT_OPTIONS = [
     click.option(
         "--checkpoint",
@@ -136,6 +141,11 @@ def capture_options(command: Command) -> Command:
     return _with(command, _CAPTURE_OPTIONS)
 
 
+def quantize_option(command: Command) -> Command:
+    """Add ``--quantize``, for verbs that write a graph."""
+    return _with(command, [_QUANTIZE])
+
+
 def checkpoint_options(command: Command) -> Command:
     """Add the options for the checkpoint that a graph's values are compared with."""
     return _with(command, _CHECKPOINT_OPTIONS)
@@ -171,6 +181,7 @@ _EXPOSE_OPTIONS = [
     click.option("--share-base", is_flag=True, help="Leave the weights in the base's data files."),
     click.option("--force", is_flag=True, help="Replace existing output files."),
     *_CAPTURE_OPTIONS,
+    _QUANTIZE,
     *_MERGE_SWITCHES[1:],
 ]
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_export.engines.record import EngineRecord
     from lora_export.graph.exposed import LoraRecord
     from lora_export.graph.onnx_file import GraphFile
+    from lora_export.graph.quantised import QuantisedRecord
 
 # Number of operators, inputs and slots that are named; the others are counted.
 _NAMED = 8
@@ -94,6 +95,7 @@ def _graph(path: Path) -> Artefact:
     from lora_export.graph.captured import Captured
     from lora_export.graph.exposed import KEY, lora_record_of
     from lora_export.graph.onnx_file import load_graph
+    from lora_export.graph.quantised import quantised_in
     from lora_export.storage.inputs import same_inputs
 
     with same_inputs(at_end=True):
@@ -101,6 +103,7 @@ def _graph(path: Path) -> Artefact:
         metadata = graph.model.metadata_props
         exposed = lora_record_of(metadata, str(path)) if KEY in metadata else None
         captured, merged = Captured.from_metadata(metadata), merged_in(metadata)
+        quantised = [_quantised(record) for record in quantised_in(metadata)]
         data = {file.name: file.stat().st_size for file in sorted(graph.data_files())}
     size = path.stat().st_size + sum(data.values())
     operators = Counter(node.op_type for each in graph.graphs() for node in each)
@@ -113,6 +116,7 @@ def _graph(path: Path) -> Artefact:
         "inputs": _ports(graph, exposed),
         "outputs": [_port(value) for value in graph.graph.outputs],
         "captured": None if captured is None else vars(captured),
+        "quantised": quantised,
         "merged": [f"{name}, sha256 {sha256}" for name, sha256 in adapters_in(merged)],
         "lora": _lora(exposed, graph),
     }
@@ -125,6 +129,7 @@ def _graph(path: Path) -> Artefact:
     if captured is not None:
         cache = ", with a key-value cache" if captured.kv_cache else ""
         lines.append(f"captured  {captured.kind}, {captured.dtype}{cache}")
+    lines += limited([f"quantised {_quantised_text(entry)}" for entry in quantised], "times", _NAMED)
     lines += [f"merged    {entry}" for entry in limited(facts["merged"], "adapters", _NAMED)]
     lines += _lora_lines(exposed)
     if facts["lora"] and (lost := len(facts["lora"]["lost_inputs"])):
@@ -138,6 +143,23 @@ def _graph(path: Path) -> Artefact:
         words = ["lora-export", "inspect", str(manifest)]
         lines.append(f"manifest  {manifest.name}: {command(words) or 'inspect it'}")
     return Artefact("graph", facts, tuple(lines))
+
+
+def _quantised(record: QuantisedRecord) -> dict[str, Any]:
+    return {
+        "to": record.to,
+        "method": record.method,
+        "block_size": record.block_size,
+        "symmetric": record.symmetric,
+        "weights": len(record.weights),
+        "relative_error": record.relative,
+    }
+
+
+def _quantised_text(entry: Mapping[str, Any]) -> str:
+    form = "symmetric" if entry["symmetric"] else "with zero points"
+    how = f"{entry['method']}, blocks of {entry['block_size']}, {form}"
+    return f"{entry['weights']} weights to {entry['to']} ({how}), error {entry['relative_error']:.2%} of them"
 
 
 def _port(value: ir.Value) -> dict[str, Any]:

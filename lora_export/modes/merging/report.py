@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_export.modes.quantising.quantise import Quantised
 from lora_export.plan import Plan
 from lora_export.storage.rounding import Rounding, rounding_dict, total_of
 
@@ -23,6 +24,7 @@ class MergeReport:
         shared_bytes: Size of the weights that stay in the base's files.
         left_out: Files of the base that were not copied, because they hold unmerged weights.
         dry_run: True if nothing was written.
+        quantised: Weights that were quantised after the merge; None if all stay floats.
     """
 
     plan: Plan
@@ -32,6 +34,7 @@ class MergeReport:
     shared_bytes: int = 0
     left_out: tuple[str, ...] = ()
     dry_run: bool = False
+    quantised: Quantised | None = None
 
     @property
     def total(self) -> Rounding:
@@ -48,4 +51,5 @@ class MergeReport:
             "plan": self.plan.as_dict(),
             "rounding": rounding_dict(self.roundings),
             "left_out": list(self.left_out),
+            **({"quantised": self.quantised.as_dict()} if self.quantised else {}),
         }
