@@ -19,7 +19,7 @@ from lora_export.parity.feeds.coverage import Coverage
 from lora_export.parity.feeds.further import FurtherFeeds
 from lora_export.parity.feeds.made import Feed, ids_left, make_feeds, read_feeds
 from lora_export.parity.feeds.pasts import with_real_pasts
-from lora_export.parity.judge.limits import STEP, STEPS
+from lora_export.parity.judge.limits import STEP, STEPS, CodesLoss
 from lora_export.parity.judge.verdicts import Judge
 from lora_export.parity.localise.localise import Sources
 from lora_export.parity.localise.localise import localise as localise_error
@@ -228,7 +228,13 @@ def _compare(
 
 def _judge(sides: Sides, comparison: Comparison, options: Options) -> list[Verdict]:
     """Return the verdicts on all that was compared."""
-    judge = Judge(sides.dtype, options.tolerance, sides.merged.rounding)
+    judge = Judge(
+        dtype=sides.dtype,
+        tolerance=options.tolerance,
+        rounding=sides.merged.rounding,
+        codes=_codes(sides, options),
+        switches=sides.candidate.switches,
+    )
     verdicts = [*judge.judge(comparison.tallies), *comparison.coverage(), *comparison.laws.judge(judge)]
     if (rounding := sides.merged.rounding) and any(limit.is_bounded for limit in judge.limits.values()):
         sides.notes.append(
@@ -236,6 +242,11 @@ def _judge(sides: Sides, comparison: Comparison, options: Options) -> list[Verdi
             f"is believed than weights in {rounding.dtype} can lose"
         )
     return verdicts
+
+
+def _codes(sides: Sides, options: Options) -> CodesLoss | None:
+    """Return the candidate's loss by quantising, if the limits are derived from it."""
+    return sides.candidate.about.codes if options.tolerance.auto else None
 
 
 def _generate(
@@ -252,6 +263,8 @@ def _generate(
         tie = comparison.told_apart("logits", state)
         if tie is None:
             tie = STEPS * STEP[sides.dtype] * comparison.largest_value("logits", state)
+        if (codes := sides.candidate.about.codes) is not None:
+            tie = max(tie, codes.cost * comparison.largest_value("logits", state))
         ties[state_name(state)] = tie
 
         def reference(values: Mapping[str, Array], state: State = state) -> Mapping[str, Array]:

@@ -20,8 +20,9 @@ from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.graph.roles import is_batch
 from lora_export.graph.stored_types import StoredTypes, stored_types
 from lora_export.parity.feeds.made import InputPort, ports_of_graph
-from lora_export.parity.judge.limits import STEP
+from lora_export.parity.judge.limits import STEP, CodesLoss
 from lora_export.parity.result import BASE, State, state_of
+from lora_export.parity.sides.codes import codes_loss
 from lora_export.runtimes.ort.device import DeviceMemory, Provider, host_value
 from lora_export.runtimes.ort.open import open_session
 from lora_export.runtimes.session import AdapterSession
@@ -45,6 +46,7 @@ class About:
         record: The LoRA record; None without exposed LoRA.
         sha256: Identity of the file.
         crossed: Names of outputs that compare each row of one batch with each of another.
+        codes: Loss by quantising; None for float weights, and where nothing tells it.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class About:
     record: LoraRecord | None = None
     sha256: str = ""
     crossed: frozenset[str] = frozenset()
+    codes: CodesLoss | None = None
 
     @property
     def dtype(self) -> str:
@@ -289,6 +292,7 @@ def describe(path: Path, provider: Provider | None) -> About:
     metadata = graph.model.metadata_props
     record = lora_record_of(metadata, str(path)) if KEY in metadata else None
     lora = {*record.input_names(), WEIGHTS_INPUT} if record else set()
+    types = stored_types(graph)
     return About(
         path=path,
         mode=record.mode if record else "plain",
@@ -296,7 +300,8 @@ def describe(path: Path, provider: Provider | None) -> About:
         provider=provider or "cpu",
         ports=tuple(ports_of_graph(graph, lora)),
         outputs=tuple(output.name or "" for output in graph.graph.outputs),
-        types=stored_types(graph),
+        types=types,
+        codes=codes_loss(graph, types.quantised),
         captured=Captured.from_metadata(metadata),
         record=record,
         sha256=_identity(graph),

@@ -169,6 +169,7 @@ def open_sides(
     opened.about = replace(about, captured=captured)
     claims += dtype_notes(about) if options.dtype is None else []
     reference_dtype = str(opened_reference.about["dtype"])
+    claims += _of_codes(about, options.tolerance)
     notes = [*code, *merged.notes, *claims, *_of_dtypes(about, dtype, reference, reference_dtype)]
     return Sides(
         candidate=opened,
@@ -190,12 +191,23 @@ def _refuse_itself(candidate: Path, reference: Path) -> None:
 
 
 def _refuse_unknown_losses(about: About, tolerance: Tolerance) -> None:
-    if about.types.quantised and tolerance.auto:
+    if about.types.quantised and tolerance.auto and about.codes is None:
         raise BackendError(
             f"{about.path.name} is quantised, and no dtype tells how much that loses",
             "give --tolerance rtol,atol",
             about.types.quantised,
         )
+
+
+def _of_codes(about: About, tolerance: Tolerance) -> list[str]:
+    """Return a note on a quantised candidate whose limits come from what its codes lost."""
+    if about.codes is None or not tolerance.auto:
+        return []
+    return [
+        f"{about.path.name} is quantised to {about.codes.to}, which by its metadata cost "
+        f"{about.codes.relative:.1%} of its weights: the limits are wider by {about.codes.cost:.2g}; "
+        "narrower or wider ones: --tolerance rtol,atol"
+    ]
 
 
 def _merged(about: About, adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Merged:
