@@ -121,6 +121,18 @@ def report_option(kind: str) -> Callable[[Command], Command]:
     return click.option("--report", "reports", multiple=True, type=_PATH, metavar="FILE", help=said)
 
 
+def shape_option(command: Command) -> Command:
+    """Add ``--shape`` for sizes that a graph leaves open; it arrives as ``shapes``."""
+    return click.option(
+        "--shape",
+        "shapes",
+        multiple=True,
+        metavar="NAME=SIZE",
+        help="Size of a dimension that nothing tells (height=64), or of all axes of an input (timestep=1, "
+        "sample=1x4x64x64); repeat.",
+    )(command)
+
+
 def adapter_options(command: Command) -> Command:
     """Add the options for what an adapter's file doesn't state, with the names that `load_adapter` takes."""
     return _with(command, _ADAPTER_OPTIONS)

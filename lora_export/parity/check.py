@@ -12,6 +12,7 @@ from pathlib import Path
 from lora_export.adapter import Adapter, Array
 from lora_export.errors import BackendError
 from lora_export.formats.given import Adapters, named_adapters
+from lora_export.graph.told_sizes import parse_sizes
 from lora_export.parity import laws as laws_of
 from lora_export.parity.comparison import Comparison
 from lora_export.parity.environment import environment
@@ -53,6 +54,7 @@ def check_parity(
     feeds: PathLike | None = None,
     batches: Sequence[int] | None = None,
     sequences: Sequence[int] | None = None,
+    shapes: Sequence[str] | Mapping[str, Sequence[int]] = (),
     seed: int = 0,
     samples: int = 8,
     tolerance: str | tuple[float, float] = "auto",
@@ -76,6 +78,8 @@ def check_parity(
         feeds: File of inputs; by default feeds are made from the graph's own inputs.
         batches: Batch sizes of made feeds; by default 1 and 4, or the size that the graph fixes.
         sequences: Lengths of made feeds; by default 1 and 16, or the length that the graph fixes.
+        shapes: Sizes that the candidate leaves open: ``height=64`` for a dimension, ``timestep=1`` or
+            ``sample=1x4x64x64`` for all axes of an input; or a mapping of names to sizes.
         seed: Seed of made feeds.
         samples: Number of feeds to make.
         tolerance: ``auto``: from the dtypes, see `lora_export.parity.judge.limits`; or ``(rtol, atol)``.
@@ -97,7 +101,7 @@ def check_parity(
     started = time.monotonic()
     progress = progress or (lambda _what, _share: None)
     given = named_adapters(adapters)
-    options = Options.read(tolerance, dtype, reference_dtype)
+    options = replace(Options.read(tolerance, dtype, reference_dtype), shapes=parse_sizes(shapes))
     progress("opening both sides", 0.0)
     sides = open_sides(
         Path(reference),
@@ -191,6 +195,8 @@ def _feeds(sides: Sides, choice: _FeedChoice) -> list[Feed]:
         seed=choice.seed,
         samples=choice.samples,
         vocab_size=vocabulary_of(sides),
+        padded=about.pads,
+        long_past=about.pads,
     )
     reference, seed = sides.reference, choice.seed
     if isinstance(reference, CheckpointReference) and about.caches and reference.has(BASE):

@@ -14,6 +14,7 @@ from lora_export.errors import GraphError
 from lora_export.graph.captured import Captured
 from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, LoraRecord, lora_record_of
 from lora_export.graph.onnx_file import GraphFile, load_graph
+from lora_export.graph.told_sizes import told_sizes
 from lora_export.storage.hashes import sha256_of
 from lora_export.storage.inputs import FileState, same_inputs
 
@@ -87,8 +88,12 @@ class BenchModel:
         return {file.name: sha256_of(file) for file in self.files}
 
 
-def read_model(path: Path) -> BenchModel:
+def read_model(path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> BenchModel:
     """Read a model file's description of itself, without loading its weights.
+
+    Args:
+        path: The file.
+        shapes: Sizes that a graph leaves open, by the user, see `graph.told_sizes`.
 
     Raises:
         GraphError: The file is not an ONNX file, is damaged, or has inputs that are not tensors.
@@ -96,8 +101,24 @@ def read_model(path: Path) -> BenchModel:
         InputChangedError: The file changed while it was read.
     """
     with same_inputs(at_end=True) as inputs:
-        found = _of_engine(path, read_engine(path)) if is_engine(path) else _of_graph(path, load_graph(path))
+        if is_engine(path):
+            found = _of_engine(path, read_engine(path))
+        else:
+            found = _with_told(_of_graph(path, load_graph(path)), shapes or {})
         return replace(found, states=tuple(inputs.states.values()))
+
+
+def _with_told(model: BenchModel, shapes: Mapping[str, tuple[int, ...]]) -> BenchModel:
+    """Return a graph with the sizes that are told of it.
+
+    Raises:
+        BackendError: They don't fit the graph, or the config beside it is needed and damaged.
+    """
+    ports = [(port.name, port.dims) for port in model.inputs]
+    told = told_sizes(model.path, ports, shapes)
+    told.refuse_unknown(ports)
+    inputs = tuple(replace(port, dims=told.dims(port.name, port.dims)) for port in model.inputs)
+    return replace(model, inputs=inputs, vocab_size=model.vocab_size or told.vocab_size)
 
 
 def label_models(models: Sequence[BenchModel]) -> list[BenchModel]:
