@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export.base.capture.capture import Trace, capture_checkpoint
+from lora_export.base.checkpoint.quantised import refuse_packed
 from lora_export.base.open_base import output_paths
 from lora_export.base.reads import files_read
 from lora_export.errors import OutputError
@@ -121,6 +122,7 @@ def capture(
     paths = output_paths(graph)
     if choice is None:
         del paths["manifest"]
+    refuse_packed(Path(checkpoint))
     reads = files_read(Path(checkpoint), ())
     refuse_replacing(list(paths.values()), force, reads)
     make_parent(graph)

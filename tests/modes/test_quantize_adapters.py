@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import dequantised
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build
 
 from lora_export import (
@@ -25,7 +27,7 @@ from lora_export import (
     swap_onnx,
     verify,
 )
-from lora_export.errors import GraphError
+from lora_export.errors import CheckpointError, GraphError
 from lora_export.graph.exposed import lora_record_of
 from lora_export.graph.quantised import quantised_in
 from lora_export.storage.manifest import Manifest
@@ -239,3 +241,33 @@ def test_an_unknown_type_is_refused_before_a_capture(tmp_path):
         with pytest.raises(GraphError) as caught:
             write()
         assert caught.value.problems == ("to: 'int2', wanted int4 or int8",)
+
+
+@pytest.mark.parametrize(
+    ("name", "leaves"),
+    [
+        ("GPTQ", ("qweight", "qzeros", "g_idx", "scales")),
+        ("AWQ", ("qweight", "qzeros", "scales")),
+        ("compressed-tensors", ("weight_packed", "weight_scale")),
+    ],
+)
+def test_packed_checkpoints_are_refused_by_name(name, leaves, tmp_path):
+    """Before transformers asks for the packages that read them, with the way that there is."""
+    folder = shutil.copytree(tiny.checkpoint("llama"), tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    for key in [key for key in tensors if key.endswith("_proj.weight")]:
+        stem = key.removesuffix("weight")
+        shape = tensors.pop(key).shape
+        tensors |= {f"{stem}{leaf}": torch.ones(shape, dtype=torch.int32) for leaf in leaves}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    adapter = tiny.adapter("llama")
+    for write in (
+        lambda: capture_onnx(folder, tmp_path / "q.onnx", quantize="int4"),
+        lambda: capture_onnx(folder, tmp_path / "q.onnx", trace="outline"),
+        lambda: swap_onnx(folder, tmp_path / "q.onnx", adapter=adapter, quantize="int4"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            write()
+        text = str(caught.value)
+        assert name in text
+        assert "unquantised" in text

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
+import subprocess
+import sys
 
 import dequantised
 import numpy as np
@@ -321,6 +326,46 @@ def test_files_that_must_not_be_replaced(tmp_path):
     assert (tmp_path / "q.onnx").read_text() == "old"
     with pytest.raises(OutputError, match="would replace a file that is read"):
         quantize_onnx(base, base, force=True)
+
+
+def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch):
+    base, out = tiny.base_onnx("llama", "dynamo"), tmp_path / "q.onnx"
+    quantize_onnx(base, out)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(handle, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        quantize_onnx(base, out, to="int8", force=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_equal_inputs_give_equal_bytes(tmp_path):
+    base = tiny.base_onnx("llama", "dynamo")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for folder in "ab":
+        quantize_onnx(base, tmp_path / folder / "q.onnx", method="k-quant")
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()} for folder in "ab")
+    assert one == two
+
+
+def test_logging_stays_as_it_was(tmp_path):
+    """ONNX Runtime's module makes a handler for all libraries' messages when it is imported."""
+    code = (
+        "import logging, sys; from lora_export import quantize_onnx;"
+        "quantize_onnx(*sys.argv[1:]); print(logging.getLogger().handlers, logging.getLogger().level)"
+    )
+    base = str(tiny.base_onnx("llama", "dynamo"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, base, str(tmp_path / "q.onnx")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout.strip(), done.stderr) == (f"[] {logging.WARNING}", "")
 
 
 def test_a_folder_is_captured_first(tmp_path):

@@ -162,3 +162,13 @@ def test_no_limit_lets_a_missing_adapter_through(effect, relative):
         assert limit <= EFFECT_CEILING < 1
         assert applied_limit("float32", 1e-6, 1e-6, codes=share)[0] <= APPLIED_CEILING < 1
     assert np.isfinite(loss.cost)
+
+
+def test_a_quantised_graph_against_its_float_graph(folder):
+    """The command that `quantize-onnx` names as the next one."""
+    out = made(folder / "bareint8.onnx", lambda path: quantize_onnx(base(), path, to="int8"))
+    report = check_parity(base(), out, **CALL)
+    assert report.passed, report.failed
+    assert all(
+        verdict.limit < CODES_FACTOR * 0.01 for verdict in report.verdicts if "relative" in verdict.name
+    )
