@@ -46,6 +46,8 @@ def summary_lines(report: MergeReport, seconds: float) -> list[str]:
     lines += limited([f"note: {note}" for note in report.plan.notes], "notes")
     lines += _rounding_lines(report.roundings)
     lines += quantised_lines(report.quantised) if report.quantised else []
+    if (codes := report.codes_over_delta) is not None:
+        lines.append(f"codes of the merged weights lost {codes:.2g} × ‖ΔW‖ against the float merge")
     return lines + [f"wrote {path}" for path in report.outputs.values()]
 
 
@@ -84,6 +86,11 @@ def warning_lines(report: MergeReport, help_for_rounding: str) -> Iterator[str]:
         yield f"warning: {warning}"
     if report.left_out:
         yield f"warning: not copied, they hold unmerged weights: {', '.join(report.left_out)}"
+    if (codes := report.codes_over_delta or 0.0) > 1:
+        yield (
+            f"warning: the codes lost more than the adapter changed ({codes:.2g} × ‖ΔW‖): check the answers, "
+            "or keep the adapter in float with swap-onnx --quantize"
+        )
     total = report.total
     if total.relative > WARN_RELATIVE or total.lost_share > WARN_LOST:
         yield (

@@ -30,6 +30,7 @@ from lora_export import (
 from lora_export.errors import CheckpointError, GraphError
 from lora_export.graph.exposed import lora_record_of
 from lora_export.graph.quantised import quantised_in
+from lora_export.reports.merge import summary_lines, warning_lines
 from lora_export.storage.manifest import Manifest
 
 
@@ -84,12 +85,27 @@ def test_a_merge_is_quantised_after_the_merge(to, tmp_path):
         (weight,) = [w for w in report.quantised.record.weights if w.module == name]
         lost = np.linalg.norm(decoded.values - wanted) / np.linalg.norm(wanted)
         assert weight.relative == pytest.approx(lost, rel=1e-3)
+    before = {name: value.detach().double().numpy() for name, value in build("llama").named_parameters()}
+    lost = [np.linalg.norm(found[name].values - state[f"{name}.weight"]) for name in found]
+    moved = [np.linalg.norm(state[f"{name}.weight"] - before[f"{name}.weight"]) for name in found]
+    wanted = np.linalg.norm([a for a, b in zip(lost, moved, strict=True) if b]) / np.linalg.norm(moved)
+    assert report.codes_over_delta == pytest.approx(wanted, rel=1e-3)
+    assert any("against the float merge" in line for line in summary_lines(report, 1.0))
     got = tiny.run(out, tiny.feeds("llama", out))
     assert tiny.relative_error(got, answer(twin_of_merged(merged, found))) < 1e-5
     assert json.loads(out.with_suffix(".lora.json").read_text())["rounding"]["modules"].keys() == (
         {row.parameter.removesuffix(".weight") for row in report.plan.placed}
     )
     assert all(state.state == "ok" for state in verify(out).files)
+
+
+def test_codes_that_lose_more_than_the_adapter_changed_are_warned_of(tmp_path):
+    base, adapter = tiny.base_onnx("llama", "dynamo"), tiny.adapter("llama")
+    report = merge_onnx(base, adapter, tmp_path / "m.onnx", weights=[0.01], quantize="int4")
+    assert report.codes_over_delta > 1
+    assert any("the codes lost more than the adapter changed" in line for line in warning_lines(report, ""))
+    report = merge_onnx(base, adapter, tmp_path / "8.onnx", weights=[3.0], quantize="int8")
+    assert not any("the codes lost" in line for line in warning_lines(report, ""))
 
 
 def twin_of_merged(merged, found):

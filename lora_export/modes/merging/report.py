@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,23 @@ class MergeReport:
         """Cost of rounding over all modules."""
         return total_of(self.roundings.values())
 
+    @property
+    def codes_over_delta(self) -> float | None:
+        """‖dequantised − W‖ / ‖ΔW‖ over the merged weights that were quantised; None without any."""
+        if self.quantised is None or self.quantised.record is None:
+            return None
+        lost = delta = 0.0
+        for weight in self.quantised.record.weights:
+            mine = [
+                cost
+                for label, cost in self.roundings.items()
+                if cost.measured and (label == weight.module or weight.name in cost.tensors)
+            ]
+            if mine:
+                lost += (weight.relative * weight.norm) ** 2
+                delta += sum(cost.delta_squared * cost.elements / cost.measured for cost in mine)
+        return math.sqrt(lost / delta) if delta else None
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {
@@ -52,4 +70,5 @@ class MergeReport:
             "rounding": rounding_dict(self.roundings),
             "left_out": list(self.left_out),
             **({"quantised": self.quantised.as_dict()} if self.quantised else {}),
+            **({} if (codes := self.codes_over_delta) is None else {"codes_over_delta": codes}),
         }
