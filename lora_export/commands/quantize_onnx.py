@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lora_export.commands.printing import print_json, print_lines
+from lora_export.commands.printing import print_json, print_lines, print_warnings
 from lora_export.commands.verb import Verb
 from lora_export.commands.whole import AtLeast
 from lora_export.storage.inputs import same_inputs
@@ -61,14 +61,17 @@ def quantize_onnx(graph: Path, output: Path, as_json: bool, quiet: bool, **optio
     """Write GRAPH with the weights of its products as codes with scales: MatMulNBits, of ONNX Runtime.
 
     One weight is in memory at a time. Exposed LoRA stays as it is. Embeddings and the head stay in float
-    unless asked for. Writes OUT.onnx, OUT.onnx.data and OUT.lora.json (each weight, and what it lost).
+    unless asked for. Writes OUT.onnx, OUT.onnx.data and OUT.lora.json (each weight, and what it lost); if the
+    graph is in a folder of onnxruntime-genai, also copies the config and tokenizer there.
 
     \b
     Examples:
       lora-export quantize-onnx base/model.onnx --to int4 -o int4/model.onnx
       lora-export quantize-onnx swap/model.onnx --to int8 --head --keep down_proj -o int8/model.onnx
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.base.reads import files_read
     from lora_export.modes import quantize_onnx as mode
+    from lora_export.packages.onnxruntime_genai import companions_of
     from lora_export.progress import byte_progress
     from lora_export.reports import quantise as text
 
@@ -76,6 +79,10 @@ def quantize_onnx(graph: Path, output: Path, as_json: bool, quiet: bool, **optio
     options["symmetric"] = False if options.pop("asymmetric") else None
     dry_run: bool = options["dry_run"]
     started = time.monotonic()
+    beside = companions_of(graph, output, options["force"])
+    if not dry_run:
+        beside.check(files_read(graph, ()))
+        options["beside"] = beside.files
     with byte_progress(f"writing {output}", quiet or dry_run) as progress:
         report = mode.quantize_onnx(graph, output, progress=progress, **options)
     if as_json:
@@ -83,4 +90,6 @@ def quantize_onnx(graph: Path, output: Path, as_json: bool, quiet: bool, **optio
     elif dry_run:
         print_lines(text.plan_lines(report))
     elif not quiet:
-        print_lines(text.summary_lines(report, time.monotonic() - started))
+        copied = [f"wrote {output.parent / name}" for name in beside.files]
+        print_lines([*text.summary_lines(report, time.monotonic() - started), *copied])
+    print_warnings(beside.notes)

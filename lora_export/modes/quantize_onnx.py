@@ -8,7 +8,7 @@ may be larger than that.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lora_export.base.open_base import output_paths
@@ -17,6 +17,7 @@ from lora_export.graph.onnx_file import load_graph
 from lora_export.modes.quantising.choice import QuantiseChoice, checked
 from lora_export.modes.quantising.quantise import quantise
 from lora_export.modes.quantising.write import QuantiseReport, manifest_of, weight_bytes, write_quantised
+from lora_export.storage.beside import stage_beside
 from lora_export.storage.hashes import hash_file
 from lora_export.storage.inputs import same_inputs
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_inputs, refuse_replacing
@@ -41,6 +42,7 @@ def quantize_onnx(
     force: bool = False,
     dry_run: bool = False,
     progress: Callable[[int], None] | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> QuantiseReport:
     """Write ``graph`` with its weights as codes to ``output``, ``output.data`` and ``*.lora.json``.
 
@@ -61,6 +63,8 @@ def quantize_onnx(
         force: Replace existing output files.
         dry_run: Make the plan and write nothing.
         progress: Function that is called with the number of bytes just written.
+        beside: Name → content of files that belong beside the graph: written with it, all or none. Existing
+            ones stay.
 
     Returns:
         The plan for each weight, what it cost, and the files.
@@ -82,7 +86,15 @@ def quantize_onnx(
         embeddings=embeddings,
     )
     choice, _ = checked(choice)
-    return _quantise(Path(graph), Path(output), choice, force=force, dry_run=dry_run, progress=progress)
+    return _quantise(
+        Path(graph),
+        Path(output),
+        choice,
+        force=force,
+        dry_run=dry_run,
+        progress=progress,
+        beside=beside or {},
+    )
 
 
 def _quantise(
@@ -93,6 +105,7 @@ def _quantise(
     force: bool,
     dry_run: bool,
     progress: Callable[[int], None] | None,
+    beside: Mapping[str, bytes],
 ) -> QuantiseReport:
     if is_folder(base):
         raise GraphError(
@@ -119,6 +132,8 @@ def _quantise(
         return report
     hashes = [hash_file(path) for path in reads]
     with output_errors(out), OutputSet(force, reads) as outputs:
+        others = {out.parent / name: content for name, content in beside.items()}
+        check = stage_beside(outputs, others, force)
         report = write_quantised(
             quantising,
             report,
@@ -126,7 +141,8 @@ def _quantise(
             base=hashes,
             outputs=outputs,
             before=manifest_of(base),
+            beside=beside,
             progress=progress,
         )
-        outputs.commit()
+        outputs.commit(check)
     return report

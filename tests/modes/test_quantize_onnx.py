@@ -19,7 +19,8 @@ import tiny
 from small_graphs import graph, random
 from tiny_models import build
 
-from lora_export import quantize_onnx
+from lora_export import quantize_onnx, verify
+from lora_export.cli import _run
 from lora_export.errors import CheckpointError, GraphError, OutputError
 from lora_export.graph.quantised import quantised_in
 from lora_export.modes.quantising import weight as weights
@@ -185,6 +186,31 @@ def test_weights_behind_operators_and_in_gemm(tmp_path):
     assert (row.weight, row.reason) == ("d.weight", "the weight stands on the left (W @ x)")
 
 
+CONSTANT = """
+g (float[b, 32] x, float[32] v) => (float[b, 32] y, float[32] u) {
+  a_weight = Constant<value = float[32, 32] {WEIGHT}>()
+  y = MatMul(x, a_weight)
+  u = MatMul(v, b_weight)
+}
+"""
+
+
+def test_constants_of_nodes_and_vectors(tmp_path):
+    values, held = random(32, 32, seed=6), {"b.weight": random(32, 32, seed=7)}
+    text = CONSTANT.replace("WEIGHT", ", ".join(map(repr, values.ravel().tolist())))
+    out = tmp_path / "q.onnx"
+    report = quantize_onnx(saved(tmp_path, text, held), out, to="int8")
+    (row,) = report.quantised.left
+    assert (row.weight, "vector" in row.reason) == ("b.weight", True)
+    assert not [node for node in onnx.load(out).graph.node if node.op_type == "Constant"]
+    (decoded,) = dequantised.decoded(out).values()
+    x, v = random(4, 32, seed=3), random(32, seed=4)
+    y, u = run(out, x=x, v=v)
+    np.testing.assert_allclose(y, x.astype(np.float64) @ decoded.values.T, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(u, v.astype(np.float64) @ held["b.weight"], rtol=0, atol=1e-4)
+    assert np.linalg.norm(decoded.values - values.T) < 0.01 * np.linalg.norm(values)
+
+
 BODY = """
 g (float[b, 32] x, bool c) => (float[b, 32] y) {
   y = If (c) <
@@ -262,6 +288,36 @@ def test_half_precision_keeps_its_type(tmp_path):
     (y,) = run(out, x=x)
     assert y.dtype == np.float16
     np.testing.assert_allclose(y, x.astype(np.float64) @ decoded.values.T, rtol=2e-3, atol=2e-2)
+
+
+def test_genai_runs_the_quantised_graph_of_its_folder(tmp_path):
+    """Greedy tokens are those of the codes' values in float."""
+    og = pytest.importorskip("onnxruntime_genai")
+    base, out = tiny.base_onnx("llama", "genai"), tmp_path / "int8" / "model.onnx"
+    assert _run(["quantize-onnx", str(base), "--to", "int8", "-o", str(out), "--quiet"], False) == 0
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        *("genai_config.json", "model.lora.json", "model.onnx", "model.onnx.data"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    ]
+    assert all(state.state == "ok" for state in verify(out.parent).files)
+    floats = dequantised.as_floats(out, tmp_path / "floats.onnx")
+    model = og.Model(str(out.parent))
+    settings = og.GeneratorParams(model)
+    settings.set_search_options(max_length=16, do_sample=False)
+    generator = og.Generator(model, settings)
+    ids = [[5, 17, 33, 8]]
+    generator.append_tokens(np.array(ids, np.int32))
+    wanted = list(ids[0])
+    while not generator.is_done():
+        generator.generate_next_token()
+        feeds = tiny.feeds("llama", floats)
+        feeds = {name: values[:1] for name, values in feeds.items()}
+        feeds |= {"input_ids": np.array([wanted]), "attention_mask": np.ones((1, len(wanted)), np.int64)}
+        wanted.append(int(tiny.run(floats, feeds)[0, -1].argmax()))
+    if wanted[-1] == 2:  # the end of the text, which genai doesn't append
+        wanted.pop()
+    assert len(wanted) > len(ids[0])
+    assert generator.get_sequence(0).tolist() == wanted
 
 
 # --- bad input ---------------------------------------------------------------------------------------

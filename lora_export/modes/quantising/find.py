@@ -223,6 +223,9 @@ class _Rules:
             return "an embedding behind a Transpose" if moved else ""
         if use.operand.index != 1:
             return "the weight stands on the left (W @ x)"
+        x = node.inputs[0]
+        if x is not None and x.shape is not None and len(x.shape) < 2:
+            return "its activation is a vector, and MatMulNBits takes matrices"
         return _operator_reason(node)
 
     def _of_values(self, use: Use) -> str:

@@ -43,6 +43,7 @@ class Rewriter:
             )
             made.metadata_props.update(use.node.metadata_props)
             _drop_chain(use)
+        _drop_constant(product.root)
         return str(codes[0].name)
 
     def finish(self) -> None:
@@ -134,6 +135,13 @@ class Rewriter:
         ir.convenience.replace_nodes_and_values(
             owner, node, old_nodes=[node], new_nodes=made, old_values=[old], new_values=[new]
         )
+
+
+def _drop_constant(root: ir.Value) -> None:
+    """Remove a Constant node that nothing reads any more; `finish` removes initializers."""
+    maker = root.producer()
+    if maker is not None and maker.graph is not None and not root.uses() and not root.is_graph_output():
+        maker.graph.remove(maker, safe=True)
 
 
 def _drop_chain(use: Use) -> None:

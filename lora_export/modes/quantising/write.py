@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lora_export.graph.external_data import plan_data, write_data
 from lora_export.graph.onnx_file import GraphFile, byte_size, save_graph
 from lora_export.machines.packages import package_versions
 from lora_export.modes.quantising.quantise import Quantised, Quantising, packages_of
-from lora_export.storage.hashes import FileHash, hash_written, identity_of, identity_of_graph
+from lora_export.storage.hashes import FileHash, hash_content, hash_written, identity_of, identity_of_graph
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.manifest import Manifest
 from lora_export.storage.outputs import OutputSet, output_errors
@@ -68,6 +68,7 @@ def write_quantised(
     base: Sequence[FileHash],
     outputs: OutputSet,
     before: Manifest | None = None,
+    beside: Mapping[str, bytes] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> QuantiseReport:
     """Write the graph of a report, and return the report with what it cost.
@@ -78,6 +79,7 @@ def write_quantised(
         mode: Name of the mode, for the manifest.
         base: Files that the weights come from.
         outputs: Set that the files become a part of; the caller commits it.
+        beside: Name → content of files that belong beside the graph, which the caller has staged.
         before: Manifest of the float graph, whose adapters and plan hold for this one too.
         progress: Function that is called with the number of bytes just written.
     """
@@ -92,9 +94,10 @@ def write_quantised(
         mark_data(graph.model, own, paths["manifest"].name)
         save_graph(graph.model, staged["graph"])
         own[out.name] = hash_written(staged["graph"], out.name)
+        own |= {kind: hash_content(kind, content) for kind, content in (beside or {}).items()}
         manifest = before or Manifest(mode=mode, base=[], adapters=[], plan=_NO_PLAN, rounding={})
         written: dict[str, Any] = {kind: path.name for kind, path in paths.items()}
-        written |= {"identity": identity_of(own.values())}
+        written |= {"identity": identity_of(own[entry] for entry in (name, out.name))}
         if EARLIER in manifest.outputs:
             written[EARLIER] = manifest.outputs[EARLIER]
         replace(
