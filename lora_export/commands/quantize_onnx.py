@@ -11,6 +11,7 @@ import click
 from lora_export.commands.printing import print_json, print_lines, print_warnings
 from lora_export.commands.verb import Verb
 from lora_export.commands.whole import AtLeast
+from lora_export.modes.quantising import METHODS
 from lora_export.storage.inputs import same_inputs
 
 _PATH = click.Path(path_type=Path)
@@ -22,7 +23,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--to", type=click.Choice(["int4", "int8"]), required=True, help="Type of the codes.")
 @click.option(
     "--method",
-    type=click.Choice(["rtn", "k-quant", "hqq"]),
+    type=click.Choice(list(METHODS)),
     default="rtn",
     show_default=True,
     help="ONNX Runtime's quantiser: rtn rounds to the nearest code; k-quant and hqq lose less, have zero "

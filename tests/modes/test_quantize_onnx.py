@@ -447,3 +447,24 @@ def test_inspect_says_what_was_quantised(tmp_path):
     assert (entry["to"], entry["weights"], entry["block_size"]) == ("int4", 14, 16)
     assert entry["relative_error"] == pytest.approx(report.quantised.record.relative)
     assert any(line.startswith("quantised 14 weights to int4 (rtn, blocks of 16") for line in found.lines)
+
+
+def test_the_command_says_what_it_does(tmp_path, capsys):
+    base, out = str(tiny.base_onnx("llama", "dynamo")), tmp_path / "q.onnx"
+    words = ["quantize-onnx", base, "--to", "int4", "--asymmetric", "--keep", "v_proj", "-o", str(out)]
+    assert _run([*words, "--dry-run"], False) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("model.layers.1.self_attn.v_proj ") and "--keep" in line for line in lines)
+    assert any(line.split()[0] == "model.layers.1.mlp.up_proj" and line.endswith("int4") for line in lines)
+    assert not list(tmp_path.iterdir())
+    assert _run([*words, "--json"], False) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["quantised"]["choice"]["symmetric"] is False
+    assert len(found["quantised"]["weights"]) == 12
+    assert found["size_bytes"] < found["before_bytes"]
+    assert _run([*words, "--force"], False) == 0
+    printed = capsys.readouterr()
+    assert "int4: 12 weights by rtn, blocks of 32, with zero points" in printed.out
+    assert f"next: lora-export parity --reference {base} --candidate {out}" in printed.err
+    assert _run([*words, "--force", "--method", "hqq", "--to", "int8"], False) == 1
+    assert "int4 only" in capsys.readouterr().err
