@@ -106,7 +106,7 @@ def capture_onnx(
         size = size_text(data.stat().st_size if is_file(data) else 0)
         print_lines([f"captured {checkpoint} in {time.monotonic() - started:.1f} s: {size} of weights"])
         if proof := Proof.from_metadata(load_graph(graph).model.metadata_props):
-            print_lines([str(proof)])
+            print_lines([f"{proof} (before it was quantised)" if report.quantised else str(proof)])
         outputs = [graph, data]
         if report.quantised is not None:
             print_lines(quantised_lines(report.quantised.quantised))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -11,7 +12,7 @@ import pytest
 import tiny
 from onnx import numpy_helper
 
-from lora_export import bank_onnx, check_parity, merge_onnx, quantize_onnx, swap_onnx
+from lora_export import bank_onnx, check_parity, load_adapter, merge_onnx, quantize_onnx, swap_onnx
 from lora_export.errors import BackendError, GraphError
 from lora_export.parity.judge.limits import (
     APPLIED_CEILING,
@@ -150,6 +151,22 @@ def test_the_manifest_is_still_the_merges(folder, tmp_path):
     report = check_parity(tiny.checkpoint("llama"), tmp_path / "q.onnx", tiny.adapter("llama"), **CALL)
     assert report.passed, report.failed
     assert any("weight 0.5" in note for note in report.notes)
+
+
+def test_an_adapter_that_codes_may_hide_is_said(folder):
+    """A weak adapter under 4 bits fails with the reason, and passes where the weights are floats."""
+    weak = load_adapter(tiny.adapter("llama"))
+    modules = {
+        key: dataclasses.replace(module, lora_b=module.lora_b * 1e-3) for key, module in weak.modules.items()
+    }
+    weak = dataclasses.replace(weak, modules=modules)
+    out = folder / "weak.onnx"
+    merge_onnx(base(), weak, out, quantize="int4")
+    report = check_parity(tiny.checkpoint("llama"), out, weak, **CALL)
+    (verdict,) = [verdict for verdict in report.failed if verdict.name == "error / effect"]
+    assert "can't be shown that the adapter is applied" in verdict.why
+    merge_onnx(base(), weak, folder / "float.onnx")
+    assert check_parity(tiny.checkpoint("llama"), folder / "float.onnx", weak, **CALL).passed
 
 
 @pytest.mark.parametrize("effect", [1e-6, 1e-3, 0.5])

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from lora_export.parity.judge.limits import (
+    CODES_EFFECT,
     EFFECT_CEILING,
     FACTOR,
     TIES_FACTOR,
@@ -231,9 +232,16 @@ class Judge:
         # A given tolerance allows for an error of the base, such as quantising, which the drift leaves out.
         whole = self.tolerance.auto and self.codes is None
         value = (tally.error_over_effect if whole else tally.drift_over_effect)(tally.got)
+        if self.switches and codes[0]:
+            codes = CODES_EFFECT * codes[0], f"{CODES_EFFECT:g} × {codes[1]}"
         limit, why = effect_limit(
             self.dtype, ratio, effect=tally.effect, rounding=self.rounding, ties=ties, codes=codes
         )
+        if value > limit and codes[0] > EFFECT_CEILING:
+            why = (
+                f"codes as coarse as these ({codes[1]}) can hide an effect of {tally.effect:.2g}: it can't "
+                "be shown that the adapter is applied; check the float graph, then quantise it"
+            )
         if value > limit and ratio is not None and ratio > EFFECT_CEILING / 2:
             why = (
                 f"PyTorch itself in {self.dtype} is off by {ratio:.2g} of the effect ({tally.effect:.2g}): "
