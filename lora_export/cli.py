@@ -19,7 +19,13 @@ import click
 
 from lora_export import __version__
 from lora_export.commands import COMMANDS
-from lora_export.commands.printing import Answer, guard_libraries, print_error, print_json_error, print_lines
+from lora_export.commands.printing import (
+    JsonAnswer,
+    guard_libraries,
+    print_error,
+    print_json_error,
+    print_lines,
+)
 from lora_export.commands.verb import write_verbs
 from lora_export.errors import InternalError, LoraExportError
 from lora_export.progress import spoken
@@ -224,7 +230,7 @@ def _tidy(arguments: Sequence[str]) -> None:
 
 
 def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
-    answer = Answer(is_given="--json" not in arguments)
+    answer = JsonAnswer(is_given="--json" not in arguments)
     try:
         _tidy([argument for argument in arguments if argument != "--debug"])
         code: Any = root.main(args=arguments, prog_name="lora-export", standalone_mode=False, obj=answer)
@@ -284,7 +290,7 @@ def _say_written(run: Run) -> None:
 
 
 def _answer(
-    answer: Answer,
+    answer: JsonAnswer,
     error: Exception,
     code: int,
     message: str,

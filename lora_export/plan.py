@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NoReturn
@@ -9,7 +10,7 @@ from typing import Any, Literal, NoReturn
 from lora_export.errors import SiteError
 from lora_export.untrusted.shown import MAX_CELL, shown
 
-# Why something has no place; what to do about it hangs on this, never on the words of the reason.
+# Why something has no site; what to do about it hangs on this, never on the words of the reason.
 RefusalKind = Literal[
     "not found",
     "shape",
@@ -69,7 +70,7 @@ _NOT_WRITTEN = frozenset({"kind", "proof", "trained_otherwise"})
 
 @dataclass(frozen=True)
 class Refusal:
-    """A reason why something has no place.
+    """A reason why something has no site.
 
     Attributes:
         kind: Kind of the reason, on which the hint depends.
@@ -95,9 +96,9 @@ class PlanRow:
         place: Name of the stored weight(s).
         operator: Operators that read it, in a graph.
         layout: Layout of the canonical weight there: transposed, which rows of a fused weight, rescaled.
-        reason: The evidence for the place, or the reason why there is none.
-        kind: Kind of the refusal, where there is no place.
-        proof: Evidence for a place in a graph, see `Proof`.
+        reason: The evidence for the site, or the reason why there is none.
+        kind: Kind of the refusal, where there is no site.
+        proof: Evidence for a site in a graph, see `Proof`.
         trained_otherwise: True if trainers compute the module in another way than they merge it.
     """
 
@@ -115,7 +116,7 @@ class PlanRow:
 
     @classmethod
     def refused(cls, adapter: str, parameter: str, tensors: Sequence[str], refusal: Refusal) -> PlanRow:
-        """Make the row of something without a place."""
+        """Make the row of something without a site."""
         return cls(
             adapter=adapter,
             parameter=parameter,
@@ -146,18 +147,34 @@ class Plan:
 
     @property
     def refused(self) -> list[PlanRow]:
-        """Rows without a place."""
+        """Rows without a site."""
         return [row for row in self.rows if row.action == "refused"]
 
     @property
     def placed(self) -> list[PlanRow]:
-        """Rows with a place."""
+        """Rows with a site."""
         return [row for row in self.rows if row.action != "refused"]
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         rows = [row.as_dict() for row in self.rows]
         return {"rows": rows, "notes": list(self.notes), "warnings": list(self.warnings)}
+
+    def summary(self, outputs: Iterable[object], dry_run: bool) -> list[str]:
+        """Return the lines that ``print(report)`` prints of a mode's result.
+
+        Args:
+            outputs: Files that were written, or would be.
+            dry_run: True if nothing was written.
+        """
+        counts = Counter(row.action for row in self.rows)
+        done = ", ".join(f"{count} {action}" for action, count in counts.most_common())
+        verb = "would write" if dry_run else "wrote"
+        return [
+            f"plan: {done or 'nothing to change'}",
+            *(f"warning: {shown(warning)}" for warning in self.warnings),
+            *(f"{verb} {shown(output)}" for output in outputs),
+        ]
 
     def lines(self) -> list[str]:
         """Return the table as text lines, columns aligned."""
@@ -176,14 +193,14 @@ def refuse(
     total: int,
     error: type[SiteError] = SiteError,
 ) -> NoReturn:
-    """Raise `SiteError` for what has no place: all of it, and what to do.
+    """Raise `SiteError` for what has no site: all of it, and what to do.
 
     Args:
         adapters: The adapters' names, as the user knows them.
         place: The base that they were to go into.
         problems: A line for each, with its reason.
         hints: Advice; repeated hints are shown once.
-        count: Number of parameters without a place.
+        count: Number of parameters without a site.
         total: Number of all parameters.
         error: Class of the error.
     """

@@ -1,8 +1,10 @@
 """Who may import whom, what stands at the top level, and what `--help` loads."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,15 @@ def test_heavy_packages_are_imported_late(name):
     assert not wrong, f"{name} at module top: {wrong}"
 
 
+def test_what_is_always_installed_is_imported():
+    """A dependency that nothing imports is a download for nothing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.match(r"[\w-]+", line)[0].replace("-", "_").lower() for line in project["dependencies"]}
+    found = {name.split(".")[0] for path in modules() for name, _ in imported(path)}
+    assert names <= found | {"pyyaml"}
+    assert "yaml" in found
+
+
 def test_tensorrt_is_imported_in_engines_and_runtimes_only():
     wrong = [
         str(path.relative_to(ROOT))
@@ -179,6 +190,16 @@ def test_functions_are_read_at_a_glance():
             if lines > 60:
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {lines} lines")
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_class_name_means_one_thing():
+    """Public classes have names of their own; a registry's plug-ins share those of their functions only."""
+    found: dict[str, list[str]] = {}
+    for path in modules():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: files for name, files in found.items() if len(files) > 1}
 
 
 def test_no_module_is_named_after_nothing():

@@ -1,15 +1,17 @@
 """Measure capturing a checkpoint: time and peak memory of each way to trace it, by the size of the model.
 
-Run: python tools/bench_capture.py --workdir /tmp/bench [--shape 1b 8b] [--trace outline loaded]
+Run: python tools/bench_capture.py --workdir /tmp/bench [--shape 1b 8b] [--trace outline again loaded]
 Makes a checkpoint folder of a Llama's shape whose weights file is sparse (zeros that take no disk), and runs
 ``capture-onnx --kv-cache`` in a process of its own for each way. The graphs are written whole: the work
-folder needs as much space as the largest model has, once. Prints a Markdown table.
+folder needs as much space as the largest model has, once. ``again`` is a second capture in outline, from the
+cache. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import struct
 import sys
@@ -32,23 +34,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["1b"])
-    parser.add_argument("--trace", nargs="+", choices=["outline", "loaded"], default=["outline", "loaded"])
+    parser.add_argument(
+        "--trace", nargs="+", choices=["outline", "loaded", "again"], default=["outline", "again", "loaded"]
+    )
     parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--fused", action="store_true", help="capture-onnx --fused")
+    parser.add_argument("--share-base", action="store_true", help="write no weights (give --dtype bfloat16)")
     options = parser.parse_args()
     options.workdir.mkdir(parents=True, exist_ok=True)
     print("| model | way | wall s | CPU s | peak MB | graph MB |\n|---|---|---|---|---|---|")
     for shape in options.shape:
         folder = make(options.workdir / shape, *SHAPES[shape])
+        os.environ["LORA_EXPORT_CACHE"] = str(options.workdir / "cache")
+        shutil.rmtree(options.workdir / "cache", ignore_errors=True)
         for trace in options.trace:
             out = options.workdir / "out"
             shutil.rmtree(out, ignore_errors=True)
             arguments = ["capture-onnx", str(folder), "-o", str(out / "m.onnx"), "--kv-cache", "--quiet"]
-            more = ["--dtype", options.dtype, "--trace", trace]
+            more = ["--dtype", options.dtype, "--trace", "outline" if trace == "again" else trace]
+            more += ["--fused"] * options.fused
+            if options.share_base:
+                # Beside the weights, where they are found.
+                arguments[3] = str(folder / "m.onnx")
+                more.append("--share-base")
             run = measure([sys.executable, "-c", CLI, *arguments, *more])
-            size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+            written = list(folder.glob("m.onnx*") if options.share_base else out.iterdir())
+            size = sum(path.stat().st_size for path in written) / 1e6
             figures = f"{run.wall_s:.1f} | {run.cpu_s:.1f} | {run.peak_mb:.0f} | {size:.0f}"
             print(f"| {shape} | {trace} | {figures} |", flush=True)
-            shutil.rmtree(out)
+            for path in written:
+                path.unlink()
 
 
 def make(

@@ -20,7 +20,7 @@ from lora_export.base.history.in_graph import merged_in, refuse_merged_into
 from lora_export.base.history.merged import refuse_merged
 from lora_export.base.own_base import compared_with_own, own_bases
 from lora_export.base.pipeline import refuse_other_components
-from lora_export.base.placing.plan_rows import (
+from lora_export.base.planning.plan_rows import (
     OtherValues,
     warned_of_computed,
     warned_of_training,
@@ -116,17 +116,20 @@ class Base:
             plan = with_unverified(plan, self.checkpoint)
         except SiteError as error:
             hints = list(dict.fromkeys(self.weight_of.hints)) if self.weight_of else []
+            # Nobody typed the path of a folder that an adapter names.
+            origin = ", which an adapter names as its base," if self.notes else ""
             if hints:
                 raise SiteError(
-                    f"the checkpoint {self.checkpoint} has the parameters that would change in several parts "
-                    "of the model: names alone don't tell which is meant",
+                    f"the checkpoint {self.checkpoint}{origin} has the parameters that would change in "
+                    "several parts of the model: names alone don't tell which is meant",
                     "; ".join(hints),
                     error.problems,
                 ) from error
             if not self.notes:
                 raise
-            # The folder was not the user's choice, and names led to every site.
-            return replace(plan, notes=(*plan.notes, f"values were not compared: {error.message}"))
+            # Names led to every site.
+            note = f"values were not compared: {error.message}; an adapter names this folder as its base"
+            return replace(plan, notes=(*plan.notes, note))
         return replace(plan, notes=(*plan.notes, *self.notes))
 
 
@@ -202,7 +205,7 @@ def _refuse_folder(base: Path, adapters: Collection[Adapter], options: WriteOpti
     """Refuse a folder that can't be captured, or that the adapters are not for; return notes on it."""
     from lora_export.base.checkpoint.checkpoint import read_config
     from lora_export.base.checkpoint.quantised import refuse_packed
-    from lora_export.base.placing.refuse import refuse_absent
+    from lora_export.base.planning.refuse import refuse_absent
 
     config = read_config(base)
     refuse_own_code(base, config)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lora_export.adapter import Adapter, Array
 from lora_export.base.checkpoint.weights import AdapterWeights, CheckpointWeights
-from lora_export.sites.target import Stack, Target, Wanted, targets_of
+from lora_export.sites.target import ExpertStack, Target, Wanted, targets_of
 from lora_export.sites.values import content
 from lora_export.sites.values.verify import orientations
 
@@ -30,9 +30,9 @@ def look_up(adapter: Adapter, weights: CheckpointWeights, targets: Sequence[Targ
 
 
 def _are_same(target: Target, held: Wanted, wanted: Wanted) -> bool:
-    if isinstance(held, Stack) and isinstance(wanted, Stack):
+    if isinstance(held, ExpertStack) and isinstance(wanted, ExpertStack):
         return all(agrees(held.matrix(n), [wanted.matrix(n)]) for n in range(target.experts))
-    if isinstance(held, Stack) or isinstance(wanted, Stack):
+    if isinstance(held, ExpertStack) or isinstance(wanted, ExpertStack):
         return False
     if target.kind == "vector":
         return agrees(held.reshape(1, -1), [wanted.reshape(1, -1)])

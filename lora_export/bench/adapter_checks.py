@@ -7,12 +7,12 @@ from pathlib import Path
 
 from lora_export.adapter import Adapter, Array
 from lora_export.bench.contenders import AdapterChoice
+from lora_export.bench.model import BenchModel
 from lora_export.binding.base_weights import GraphWeights, WeightOf
 from lora_export.binding.bind import bind_adapter, slot_blocks
 from lora_export.errors import AdapterError, LoraExportError
 from lora_export.formats import load_adapter
 from lora_export.graph.exposed import LoraRecord
-from lora_export.runtimes.model_file import BenchModel
 from lora_export.untrusted.places import exists
 from lora_export.untrusted.shown import limited
 

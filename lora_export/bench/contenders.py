@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_export.runtimes.model_file import BenchModel
+from lora_export.bench.model import BenchModel
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Measure the time and memory of opening one model, alone in a separate process.
 
 In a process with several models, memory can't be attributed to one of them. Run as ``python -m
-lora_export.bench.load_probe``: it reads a pickled `Job` from stdin and prints a JSON object as its last line.
+lora_export.bench.load_probe``: it reads a pickled `LoadJob` from stdin and prints a JSON object as its last
+line.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class LoadJob:
     """Task of the process.
 
     Attributes:
@@ -83,7 +84,7 @@ class Loaded:
     problem: str = ""
 
 
-def measure_loading(job: Job) -> Loaded:
+def measure_loading(job: LoadJob) -> Loaded:
     """Open a model in a separate process and return the cost; a failure is described in `Loaded.problem`."""
     here = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
@@ -108,7 +109,7 @@ def measure_loading(job: Job) -> Loaded:
         return Loaded(problem=f"the process ended with exit code {done.returncode}: {lines[-1][:300]}")
 
 
-def probe(job: Job) -> Loaded:
+def probe(job: LoadJob) -> Loaded:
     """Open the job's model in this process, run it, open it again, and return the cost."""
     import onnxruntime  # noqa: F401 - its memory does not count as a model's
 
@@ -140,7 +141,7 @@ def probe(job: Job) -> Loaded:
     )
 
 
-def _run_all(session: Opened, job: Job) -> None:
+def _run_all(session: Opened, job: LoadJob) -> None:
     for adapter in job.adapters:
         if adapter.path is not None:
             # A slot of the bank may already hold an adapter of this name.
@@ -150,7 +151,7 @@ def _run_all(session: Opened, job: Job) -> None:
         session.runner(feeds, job.contender.choice(workload.batch))()
 
 
-def _open_again(job: Job, first_s: float) -> Sequence[float]:
+def _open_again(job: LoadJob, first_s: float) -> Sequence[float]:
     times: list[float] = []
     while len(times) + 1 < _OPENINGS and first_s + sum(times) < _OPENINGS_S:
         gc.collect()

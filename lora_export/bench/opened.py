@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora_export.adapter import Array
+from lora_export.bench.model import BenchModel
 from lora_export.bench.rounds import Run
-from lora_export.runtimes.model_file import BenchModel
 from lora_export.runtimes.ort.cuda_graphs import CudaGraphs
 from lora_export.runtimes.ort.device import DeviceMemory, Provider
 from lora_export.runtimes.ort.open import open_session

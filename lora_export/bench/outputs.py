@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lora_export.bench.contenders import AdapterChoice
+from lora_export.bench.model import BenchModel
 from lora_export.engines.record import is_engine, record_path
 from lora_export.formats.reading.weights_files import files_of
-from lora_export.runtimes.model_file import BenchModel
 from lora_export.storage.outputs import places_of, replaced_inputs
 from lora_export.untrusted.places import is_file
 
@@ -36,12 +36,12 @@ def overlap_problems(
         for what in (*_of_models(places, paths, models), *_of_adapters(places, adapters)):
             found[f"{typed}: {what}; choose another name"] = None
         if not any(line.startswith(f"{typed}: ") for line in found):
-            for file in replaced_inputs(output, files_read(paths, models, adapters)):  # hard links
+            for file in replaced_inputs(output, files_of_models(paths, models, adapters)):  # hard links
                 found[f"{typed}: it is {file}, which is timed; choose another name"] = None
     return list(found)
 
 
-def files_read(
+def files_of_models(
     paths: Sequence[Path], models: Sequence[BenchModel], adapters: Sequence[AdapterChoice]
 ) -> list[Path]:
     """Return the files of models and adapters, with the files that lie beside the models."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_export.bench.adapter_checks import adapter_problems
 from lora_export.bench.contenders import AdapterChoice, Contender, plan_contenders
+from lora_export.bench.model import BenchModel, label_models, read_bench_model
 from lora_export.bench.opened import Opening
 from lora_export.bench.outputs import overlap_problems
 from lora_export.bench.workloads import (
@@ -21,7 +22,6 @@ from lora_export.bench.workloads import (
     shape_problems,
 )
 from lora_export.errors import LoraExportError, install_line
-from lora_export.runtimes.model_file import BenchModel, label_models, read_model
 
 # More threads than any machine has cores are a typing mistake, and ONNX Runtime would start them all.
 _MOST_THREADS = 4096
@@ -132,7 +132,7 @@ def _read_all(
     models, problems = [], []
     for path in paths:
         try:
-            models.append(read_model(path, shapes))
+            models.append(read_bench_model(path, shapes))
         except LoraExportError as error:
             problems.append(_one_line(error))
     return label_models(models), problems

@@ -12,6 +12,7 @@ from lora_export.bench.rounds import Stop
 from lora_export.bench.statistics import CONFIDENCE, METHOD, Interval, Latency
 from lora_export.bench.workloads import Workload
 from lora_export.machines.environment import Environment
+from lora_export.untrusted.shown import shown
 
 FORMAT = 1
 KIND = "lora_export.bench"
@@ -42,7 +43,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class WorkloadTable:
     """All contenders with one workload.
 
     Attributes:
@@ -107,7 +108,7 @@ class BenchReport:
     """
 
     models: tuple[ModelFacts, ...]
-    tables: tuple[Table, ...]
+    tables: tuple[WorkloadTable, ...]
     adapters: tuple[AdapterLoading, ...]
     swapping: tuple[Swapping, ...]
     environment: Environment
@@ -135,6 +136,15 @@ class BenchReport:
             parts = f"{narrow} of {len(self.tables)} workloads"
             return f"stopped at intervals below {width} in {parts}, by the time budget in the others"
         return f"stopped by the time budget of {self.settings['seconds']:g} s, before intervals of {width}"
+
+    def __str__(self) -> str:
+        """Return a line for each workload and contender."""
+        return "\n".join(
+            f"{table.workload.label}  {shown(row.contender)}  {row.latency.median_ms:.4g} ms"
+            + (f"  {row.ratio.value:.3g} ×" if row.ratio else "")
+            for table in self.tables
+            for row in table.rows
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; units are part of the keys."""

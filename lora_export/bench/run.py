@@ -10,10 +10,10 @@ from pathlib import Path
 
 from lora_export.bench.adapters import AdapterLoading, Swapping, load_adapters, measure_swapping
 from lora_export.bench.contenders import AdapterChoice, Contender
-from lora_export.bench.load_probe import Job, Loaded, measure_loading
+from lora_export.bench.load_probe import Loaded, LoadJob, measure_loading
 from lora_export.bench.opened import Opened, Opening, opened
 from lora_export.bench.plan import BenchPlan, BenchRequest, plan_bench
-from lora_export.bench.result import BenchReport, ModelFacts, Row, Table
+from lora_export.bench.result import BenchReport, ModelFacts, Row, WorkloadTable
 from lora_export.bench.rounds import Rounds, Run, measure
 from lora_export.bench.statistics import summarise
 from lora_export.bench.workloads import Workload, make_feeds
@@ -162,7 +162,7 @@ def _probe_all(plan: BenchPlan, progress: Say) -> list[Loaded]:
     for number, model in enumerate(plan.models):
         share = _HASHED + (_PROBED - _HASHED) * number / len(plan.models)
         progress(f"opening {model.label} alone", share)
-        job = Job(
+        job = LoadJob(
             contender=_contender_of(plan, number),
             opening=plan.request.opening,
             adapters=plan.adapters_for(model),
@@ -239,7 +239,7 @@ def _raise(errors: Sequence[tuple[str, LoraExportError]], what: str) -> None:
         raise BackendError(f"{len(errors)} of the benchmark's models or runs {what}", problems=problems)
 
 
-def _time_all(plan: BenchPlan, runs: Mapping[Workload, list[Run]], progress: Say) -> Iterator[Table]:
+def _time_all(plan: BenchPlan, runs: Mapping[Workload, list[Run]], progress: Say) -> Iterator[WorkloadTable]:
     left = plan.request.seconds
     for number, workload in enumerate(plan.workloads):
         waiting = len(plan.workloads) - number
@@ -262,7 +262,7 @@ def _tick(progress: Say, what: str, share: float, start: float, span: float) -> 
     progress(what, start + span * share)
 
 
-def _table(plan: BenchPlan, workload: Workload, rounds: Rounds) -> Table:
+def _table(plan: BenchPlan, workload: Workload, rounds: Rounds) -> WorkloadTable:
     rows = []
     for number, contender in enumerate(plan.contenders):
         latency = summarise(rounds.times_s[number])
@@ -280,7 +280,7 @@ def _table(plan: BenchPlan, workload: Workload, rounds: Rounds) -> Table:
                 ratio=ratio,
             )
         )
-    return Table(workload, rounds.count, rounds.stopped_by, tuple(rows))
+    return WorkloadTable(workload, rounds.count, rounds.stopped_by, tuple(rows))
 
 
 def _swap_all(plan: BenchPlan, sessions: Sequence[Opened]) -> Iterator[Swapping]:

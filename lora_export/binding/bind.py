@@ -14,13 +14,20 @@ import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.base.history.in_graph import refuse_bound
-from lora_export.base.placing.hints import Situation, hints_of, remake
+from lora_export.base.planning.hints import Situation, hints_of, remake
 from lora_export.binding.base_weights import WeightOf
 from lora_export.binding.cast import Caster, dtype_of, wide_of
 from lora_export.binding.dora import dora_factor, dora_problem
 from lora_export.binding.match import Matches, Pairing, match_modules, split_pack
 from lora_export.binding.own_values import compare_own_values
-from lora_export.binding.pack import Block, assemble, blocks_of_factors, blocks_of_slot, cut_b, joined_bias
+from lora_export.binding.pack import (
+    Rectangle,
+    assemble,
+    blocks_of_factors,
+    blocks_of_slot,
+    cut_b,
+    joined_bias,
+)
 from lora_export.errors import AdapterError, SiteError
 from lora_export.formats.provenance import only_this_base, refuse_other_base
 from lora_export.formats.reading.scope import how_to_part
@@ -69,7 +76,7 @@ class SlotBinding:
 
     adapter: str
     slot: int
-    blocks: tuple[Block, ...]
+    blocks: tuple[Rectangle, ...]
     ranks: Mapping[str, int]
     plan: Plan
     notes: tuple[str, ...] = ()
@@ -197,7 +204,7 @@ def slot_blocks(
     )
 
 
-def clear_slot(exposed: LoraRecord, slot: int) -> tuple[Block, ...]:
+def clear_slot(exposed: LoraRecord, slot: int) -> tuple[Rectangle, ...]:
     """Return the blocks that make a slot of a bank an empty one."""
     return blocks_of_slot(exposed, slot, {}, Caster())
 

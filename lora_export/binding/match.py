@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_export.adapter import EVERYWHERE, MERGE_ROWS, Adapter, Array, Kind, LoraModule, token_rows_problems
 from lora_export.binding.base_weights import WeightOf, has_constant, holds, read_stored
-from lora_export.binding.paths import Finder, Place
+from lora_export.binding.paths import Place, SiteFinder
 from lora_export.formats.reading.saved import change_of, with_bias
 from lora_export.formats.schemes import fitted
 from lora_export.graph.exposed import ExposedModule, LoraRecord, Member, StoredRows, path_of
@@ -120,7 +120,7 @@ def match_modules(adapter: Adapter, exposed: LoraRecord, where: str, weight_of: 
         return (*names(), *exposed.landmarks)
 
     adapter = fitted(adapter, known, notes, others=others)
-    finder = Finder(adapter, exposed, where, others)
+    finder = SiteFinder(adapter, exposed, where, others)
     found = Matches(notes=notes, hints=[finder.hint] if finder.hint else [])
     found.notes += finder.notes
     for path, problem in token_rows_problems(adapter):
@@ -279,7 +279,7 @@ def _refuse_module(adapter: Adapter, lora: LoraModule, refusal: Refusal, found: 
         found.refuse(adapter.name, key, tensors, refusal)
 
 
-def _place_replaced(adapter: Adapter, finder: Finder, found: Matches, weight_of: WeightOf | None) -> None:
+def _place_replaced(adapter: Adapter, finder: SiteFinder, found: Matches, weight_of: WeightOf | None) -> None:
     """Pair whole parameters; weights first, because a bias needs its module's pairing.
 
     PEFT saves whole embeddings together with LoRA on them; untrained ones change nothing.

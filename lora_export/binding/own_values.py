@@ -19,7 +19,7 @@ from lora_export.binding.match import Pairing
 from lora_export.errors import AdapterError
 from lora_export.formats.provenance import is_converted
 from lora_export.graph.exposed import StoredRows
-from lora_export.sites.target import Stack, targets_of
+from lora_export.sites.target import ExpertStack, targets_of
 from lora_export.sites.values.verify import orientations
 
 
@@ -92,7 +92,7 @@ def _compared(
         if target is None or pair.from_base or pair.whole or not pair.member.stored:
             continue
         wanted = wanted_of(target)
-        if wanted is None or isinstance(wanted, Stack):
+        if wanted is None or isinstance(wanted, ExpertStack):
             continue
         matrices = orientations(target, wanted)
         if target.kind == "parameter":

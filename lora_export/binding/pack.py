@@ -18,7 +18,7 @@ from lora_export.graph.exposed import ExposedModule, LoraRecord, Member
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class Rectangle:
     """Rectangle of a graph's tensor and its values.
 
     Attributes:
@@ -34,28 +34,28 @@ class Block:
 
 def blocks_of_factors(
     module: ExposedModule, member: Member, factors: tuple[Array, Array], offset: int, total: int
-) -> list[Block]:
+) -> list[Rectangle]:
     """Return a member's factors as blocks of tensors of rank ``total``, with columns from ``offset`` on."""
     a, b = factors
     outputs = slice(member.start, member.start + member.out_dim)
     if module.kind != "conv":
         columns = slice(offset, offset + a.shape[1])
         return [
-            Block(module.lora_a, (slice(0, module.in_dim), columns), a),
-            Block(module.lora_b, (columns, outputs), b),
+            Rectangle(module.lora_a, (slice(0, module.in_dim), columns), a),
+            Rectangle(module.lora_b, (columns, outputs), b),
         ]
     ones = tuple(slice(0, 1) for _ in module.kernel)
     kernel = tuple(slice(0, size) for size in module.kernel)
     share, first = a.shape[0] // module.groups, offset // module.groups
-    blocks = [Block(module.lora_b, (outputs, slice(first, first + share), *ones), b)]
+    blocks = [Rectangle(module.lora_b, (outputs, slice(first, first + share), *ones), b)]
     for group in range(module.groups):
         start = group * (total // module.groups) + first
         rows = (slice(start, start + share), slice(0, module.in_dim), *kernel)
-        blocks.append(Block(module.lora_a, rows, a[group * share : (group + 1) * share]))
+        blocks.append(Rectangle(module.lora_a, rows, a[group * share : (group + 1) * share]))
     return blocks
 
 
-def assemble(module: ExposedModule, rank: int, blocks: Sequence[Block]) -> tuple[Array, Array]:
+def assemble(module: ExposedModule, rank: int, blocks: Sequence[Rectangle]) -> tuple[Array, Array]:
     """Return A and B of rank ``rank`` with the blocks in them; one that fills its tensor is not copied."""
     made = []
     for name, shape in ((module.lora_a, module.a_shape(rank)), (module.lora_b, module.b_shape(rank))):
@@ -91,7 +91,7 @@ def cut_b(module: ExposedModule, b: Array) -> dict[str, Array]:
 
 def blocks_of_slot(
     exposed: LoraRecord, slot: int, loras: Mapping[str, LoraModule], caster: Caster
-) -> tuple[Block, ...]:
+) -> tuple[Rectangle, ...]:
     """Return every rectangle that a slot of a bank owns.
 
     Args:
@@ -100,12 +100,12 @@ def blocks_of_slot(
         loras: `Member.path` → factors; zeros for members without any, and beyond their rank.
         caster: Converter, which remembers conversions and problems.
     """
-    blocks: list[Block] = []
+    blocks: list[Rectangle] = []
     for module in exposed.modules:
         if module.bias:
             own_row = (slice(slot, slot + 1), slice(0, module.out_dim))
             parts = [(member, lora) for member in module.members if (lora := loras.get(member.path))]
-            blocks.append(Block(module.lora_bias, own_row, joined_bias(module, parts, caster)[None]))
+            blocks.append(Rectangle(module.lora_bias, own_row, joined_bias(module, parts, caster)[None]))
         total, offset = sum(sum(member.ranks) for member in module.members), 0
         for member in module.members:
             room, start = member.ranks[slot], offset + sum(member.ranks[:slot])

@@ -37,7 +37,7 @@ class Place:
     how: str = ""
 
 
-class Finder:
+class SiteFinder:
     """Finder of sites by path.
 
     Args:

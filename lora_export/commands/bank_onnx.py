@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from lora_export.commands.named_path import split_named
-from lora_export.commands.options import adapter_options, expose_options, load_adapters, run_expose
+from lora_export.commands.options import adapter_options, expose_options, load_all, run_expose
 from lora_export.commands.verb import Verb
-from lora_export.commands.whole import Whole
+from lora_export.commands.whole_numbers import Whole
 from lora_export.storage.inputs import same_inputs
 
 
@@ -64,6 +64,6 @@ def bank_onnx(base: Path, output: Path, adapters: tuple[str, ...], **options: An
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise click.BadParameter(f"two slots are called {', '.join(sorted(twice))}", param_hint="--adapter")
-    loaded = load_adapters([Path(path) for _, path in named], options)
+    loaded = load_all([Path(path) for _, path in named], options)
     slots = dict(zip(names, loaded, strict=True))
     run_expose(mode.bank_onnx, base, output=output, arguments=(slots,), options=options, companions=False)

@@ -13,7 +13,7 @@ from lora_export.commands.named_path import split_named
 from lora_export.commands.options import report_option, shape_option, whole_numbers, whole_numbers_from_0
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
-from lora_export.commands.whole import Whole
+from lora_export.commands.whole_numbers import Whole
 from lora_export.untrusted.places import exists, is_folder
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
     Example:
       lora-export bench merged.onnx --against swap.onnx --adapter sql=my-adapter --batch 1,8 --report out.html
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
-    from lora_export.bench.outputs import files_read
+    from lora_export.bench.outputs import files_of_models
     from lora_export.bench.plan import plan_bench
     from lora_export.bench.run import carry_out
     from lora_export.progress import stage_progress
@@ -131,7 +131,7 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
         print_json(report_json(report).rstrip("\n"))
     else:
         print_lines(report_lines(report))
-    reads = files_read(plan.request.models, plan.models, plan.request.adapters)
+    reads = files_of_models(plan.request.models, plan.models, plan.request.adapters)
     for path in write_reports("bench", report, files=files, force=force, reads=reads):
         if not quiet:
             print_lines([f"wrote {path}"], err=True)

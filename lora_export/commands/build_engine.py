@@ -11,7 +11,7 @@ import click
 
 from lora_export.commands.printing import print_json, print_lines, print_warnings
 from lora_export.commands.verb import Verb
-from lora_export.commands.whole import AtLeast
+from lora_export.commands.whole_numbers import WholeNumber
 from lora_export.machines.targets import COMPILERS
 
 if TYPE_CHECKING:
@@ -69,10 +69,12 @@ _MIB = 1 << 20
     type=click.IntRange(0, 5),
     help="How long the builder searches: 0 (short) to 5 (long).",
 )
-@click.option("--workspace", type=AtLeast(1), metavar="MIB", help="Limit of the builder's scratch memory.")
+@click.option(
+    "--workspace", type=WholeNumber(1), metavar="MIB", help="Limit of the builder's scratch memory."
+)
 @click.option(
     "--adapters",
-    type=AtLeast(0),
+    type=WholeNumber(0),
     default=1,
     help="How many adapters must fit into the target's memory.",
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.commands.options import load_adapters, reading_options
+from lora_export.commands.options import load_all, reading_options
 from lora_export.commands.printing import print_json, print_lines, print_warnings
 from lora_export.commands.verb import Verb
 from lora_export.formats import WRITERS
@@ -53,7 +53,7 @@ def convert_adapter(adapter: Path, output: Path, as_json: bool, quiet: bool, **o
     started = time.monotonic()
     target = options.pop("format")
     options["format"] = options.pop("from_format")
-    (loaded,) = load_adapters([adapter], options)
+    (loaded,) = load_all([adapter], options)
     report = convert.convert_adapter(loaded, output=output, format=target, **options)
     if as_json:
         print_json(json.dumps(report.as_dict(), indent=1, sort_keys=True, ensure_ascii=False))

@@ -10,7 +10,7 @@ import click
 
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
-from lora_export.commands.whole import Whole
+from lora_export.commands.whole_numbers import Whole
 
 
 @click.command(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.commands.options import adapter_options, load_adapters, report_option
+from lora_export.commands.options import adapter_options, load_all, report_option
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
 from lora_export.progress import is_terminal, spoken
@@ -92,7 +92,7 @@ def inspect(
     if problems := [why for file in files if (why := ending_problem("adapter", file))]:
         raise click.UsageError("; ".join(problems))
     with same_inputs(at_end=True):
-        (loaded,) = load_adapters([adapter], options)
+        (loaded,) = load_all([adapter], options)
         report = inspect_adapter(loaded, base)
     if files:
         for path in write_reports(

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lora_export.commands.options import load_adapters, merge_options, print_merge
+from lora_export.commands.options import load_all, merge_options, print_merge
 from lora_export.commands.verb import Verb
 from lora_export.storage.inputs import same_inputs
 
@@ -47,7 +47,7 @@ def merge(
     from lora_export.modes.merge_checkpoint import merge_checkpoint
     from lora_export.progress import byte_progress
 
-    loaded = load_adapters(adapters, options)
+    loaded = load_all(adapters, options)
     started = time.monotonic()
     with byte_progress(f"writing {output}", quiet or options["dry_run"]) as progress:
         report = merge_checkpoint(base, loaded, output, progress=progress, **options)

@@ -11,7 +11,7 @@ import click
 from lora_export.commands.options import (
     capture_options,
     checkpoint_options,
-    load_adapters,
+    load_all,
     merge_options,
     print_merge,
     quantize_option,
@@ -55,7 +55,7 @@ def merge_onnx(
     from lora_export.progress import byte_progress
 
     read_checkpoint_options(options)
-    loaded = load_adapters(adapters, options)
+    loaded = load_all(adapters, options)
     started = time.monotonic()
     with byte_progress(f"writing {output}", quiet or options["dry_run"]) as progress:
         report = mode.merge_onnx(base, loaded, output, progress=progress, **options)

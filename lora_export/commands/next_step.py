@@ -85,7 +85,8 @@ def _compare(given: Mapping[str, Any]) -> Words:
     folder = _folder(given)
     adapters = _repeated("--adapter", given["adapters"])
     if folder is None:
-        alone = [] if given.get("weights") is not None else adapters
+        # Merged adapters have no name any more, and bench has no options for how a file is read.
+        alone = [] if given.get("weights") is not None or _reading(given) else adapters
         return ["bench", given["output"], "--against", given["base"], *alone]
     weights = _repeated("--weight", given.get("weights") or ())
     words = ["parity", "--reference", folder, *adapters, *weights, *_reading(given)]

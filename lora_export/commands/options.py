@@ -10,7 +10,7 @@ import click
 
 from lora_export.commands.named_path import split_named
 from lora_export.commands.printing import print_json, print_lines, print_warnings
-from lora_export.commands.whole import LARGEST, Whole
+from lora_export.commands.whole_numbers import LARGEST, Whole
 from lora_export.errors import AdapterError
 from lora_export.formats import FORMATS, load_adapter
 from lora_export.graph.captured import DTYPES
@@ -277,7 +277,7 @@ def print_merge(report: MergeReport, seconds: float, as_json: bool, quiet: bool,
     print_warnings(text.warning_lines(report, finer))
 
 
-def load_adapters(paths: Iterable[Path], options: dict[str, Any]) -> list[Adapter]:
+def load_all(paths: Iterable[Path], options: dict[str, Any]) -> list[Adapter]:
     """Load each path with the options of `adapter_options`, which are removed from ``options``."""
     taken = {name: options.pop(name) for name in ("alpha", "rank", "rslora", "format", "component")}
     listed = list(paths)
@@ -343,14 +343,14 @@ def _at_least(least: int, value: str, example: str) -> tuple[int, ...]:
     return numbers
 
 
-def named_adapters(entries: Sequence[str], options: dict[str, Any]) -> dict[str, Adapter]:
+def load_named(entries: Sequence[str], options: dict[str, Any]) -> dict[str, Adapter]:
     """Load each ``[NAME=]PATH`` with the options of `adapter_options`, which are removed from ``options``."""
     # A path may have a "=" in it.
     named = [
         (name, path) if path and not exists(Path(entry)) else ("", entry)
         for entry, (name, path) in zip(entries, map(split_named, entries), strict=True)
     ]
-    loaded = load_adapters([Path(path) for _, path in named], options)
+    loaded = load_all([Path(path) for _, path in named], options)
     found: dict[str, Adapter] = {}
     for (name, path), adapter in zip(named, loaded, strict=True):
         called = name or adapter.name

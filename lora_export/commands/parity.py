@@ -13,14 +13,14 @@ import click
 from lora_export.commands.named_path import split_named
 from lora_export.commands.options import (
     adapter_options,
-    named_adapters,
+    load_named,
     report_option,
     shape_option,
     whole_numbers,
 )
 from lora_export.commands.printing import print_error, print_json, print_lines
 from lora_export.commands.verb import Verb
-from lora_export.commands.whole import AtLeast
+from lora_export.commands.whole_numbers import WholeNumber
 from lora_export.errors import LoraExportError, ParityError
 from lora_export.progress import is_terminal, stage_progress
 from lora_export.storage.inputs import same_inputs
@@ -74,8 +74,10 @@ def _finite(_context: click.Context, _parameter: click.Parameter, values: tuple[
 @click.option("--batch", callback=whole_numbers, help="Batch sizes of generated inputs: 1,4.")
 @click.option("--sequence", callback=whole_numbers, help="Lengths of generated inputs: 1,16,128.")
 @shape_option
-@click.option("--seed", type=AtLeast(0), default=0, show_default=True, help="Seed of generated inputs.")
-@click.option("--samples", type=AtLeast(1), default=8, show_default=True, help="How many inputs to generate.")
+@click.option("--seed", type=WholeNumber(0), default=0, show_default=True, help="Seed of generated inputs.")
+@click.option(
+    "--samples", type=WholeNumber(1), default=8, show_default=True, help="How many inputs to generate."
+)
 @click.option(
     "--tolerance",
     default="auto",
@@ -83,7 +85,7 @@ def _finite(_context: click.Context, _parameter: click.Parameter, values: tuple[
     metavar="auto|RTOL,ATOL",
     help="auto: derived from the error of PyTorch itself in the candidate's dtype.",
 )
-@click.option("--generate", type=AtLeast(0), default=0, help="Also compare this many greedy tokens.")
+@click.option("--generate", type=WholeNumber(0), default=0, help="Also compare this many greedy tokens.")
 @click.option(
     "--dtype",
     type=click.Choice(["float64", "float32", "float16", "bfloat16"]),
@@ -128,11 +130,11 @@ def parity(
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.parity.check import check_parity
     from lora_export.reports.files import asked_for
-    from lora_export.reports.parity.files import Inputs, check_outputs
+    from lora_export.reports.parity.files import ReadFiles, check_outputs
     from lora_export.reports.parity.to_json import read_report
 
     outputs = asked_for("parity", reports, junit=(junit, "xml"), html=(html, "html"))
-    read = Inputs(
+    read = ReadFiles(
         candidate=candidate,
         reference=reference,
         base=options["base"],
@@ -145,7 +147,7 @@ def parity(
     options["localise"] = not options.pop("no_localise")
     options |= {"batches": options.pop("batch"), "sequences": options.pop("sequence")}
     with stage_progress(quiet) as progress, same_inputs(command=True):
-        given = named_adapters(adapters, options)
+        given = load_named(adapters, options)
         found = check_parity(reference, candidate, given, progress=progress, **options)
     # The verdict is printed first, so that a problem with a report or a baseline can't lose the run.
     _print(found, as_json, quiet)
@@ -160,12 +162,12 @@ def _adapter_paths(entries: tuple[str, ...]) -> tuple[Path, ...]:
 
 def _print(found: ParityReport, as_json: bool, quiet: bool) -> None:
     from lora_export.reports.parity.to_json import report_json
-    from lora_export.reports.parity.to_text import lines, note_lines
+    from lora_export.reports.parity.to_text import check_lines, note_lines
 
     if as_json:
         print_json(report_json(found))
         return
-    text = lines(found, cut=is_terminal(sys.stdout))
+    text = check_lines(found, cut=is_terminal(sys.stdout))
     # Notes name what the gate did not check: they must be seen even with --quiet.
     print_lines([*note_lines(found), text[-1]] if quiet and found.passed else text)
 
@@ -195,9 +197,9 @@ def _finish(
         errors.append(error)
     try:
         if old is not None:
-            regressions = parity_baseline.compare(old, found)
+            regressions = parity_baseline.compare_reports(old, found)
             worse = bool(regressions)
-            print_lines(parity_baseline.lines(regressions), err=True)
+            print_lines(parity_baseline.regression_lines(regressions), err=True)
     except LoraExportError as error:
         errors.append(error)
     failed = worse or not found.passed

@@ -57,7 +57,7 @@ class _ShownRecord(logging.LogRecord):
 
 
 @dataclass
-class Answer:
+class JsonAnswer:
     """The document that a program gets on stdout if it asked for JSON.
 
     Attributes:
@@ -124,7 +124,7 @@ def print_json(text: str) -> None:
     if _ANYWHERE.search(exact):
         exact = exact.replace("##", "\\u0023\\u0023")
     context = click.get_current_context(silent=True)
-    if context is not None and isinstance(context.obj, Answer):
+    if context is not None and isinstance(context.obj, JsonAnswer):
         context.obj.is_given = True
     spoken(lambda: click.echo(exact))
 

@@ -10,7 +10,7 @@ import click
 
 from lora_export.commands.printing import print_json, print_lines, print_warnings
 from lora_export.commands.verb import Verb
-from lora_export.commands.whole import AtLeast
+from lora_export.commands.whole_numbers import WholeNumber
 from lora_export.modes.quantising import METHODS
 from lora_export.storage.inputs import same_inputs
 
@@ -43,7 +43,7 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option(
     "--accuracy-level",
-    type=AtLeast(0),
+    type=WholeNumber(0),
     default=0,
     show_default=True,
     help="How ONNX Runtime may round activations: 4 to 8 bits, which is faster on a CPU; 0: as it likes.",

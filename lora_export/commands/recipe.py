@@ -42,7 +42,7 @@ CommandOf = Callable[[str], click.Command | None]
 
 
 @dataclass(frozen=True)
-class Step:
+class RecipeStep:
     """One call of a verb.
 
     Attributes:
@@ -57,12 +57,12 @@ class Step:
     command: click.Command
     options: tuple[str, ...] = ()
 
-    def with_flag(self, flag: str) -> Step:
+    def with_flag(self, flag: str) -> RecipeStep:
         """Return the step with ``--flag`` added, or unchanged if the verb has no such flag."""
         known = _options_of(self.command).get(flag)
         if known is None or flag in self.options:
             return self
-        return Step(self.verb, (f"--{flag}", *self.arguments), self.command, (*self.options, flag))
+        return RecipeStep(self.verb, (f"--{flag}", *self.arguments), self.command, (*self.options, flag))
 
     def __str__(self) -> str:
         return shlex.join(["lora-export", self.verb, *self.arguments])
@@ -82,7 +82,7 @@ class Recipe:
     name: str
     description: str
     needs: tuple[str, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[RecipeStep, ...]
 
     def check_needs(self) -> None:
         """Raise `BackendUnavailable` if packages of ``needs`` are not installed; name them all."""
@@ -158,7 +158,7 @@ class _Reader:
             return None
         return Recipe(texts["name"], texts["description"], needs, tuple(step for step in steps if step))
 
-    def _step(self, number: int, node: yaml.Node) -> Step | None:
+    def _step(self, number: int, node: yaml.Node) -> RecipeStep | None:
         if not isinstance(node, yaml.MappingNode) or len(node.value) != 1:
             self._complain(node, f"step {number}: give one verb with its options, 'verb: {{option: value}}'")
             return None
@@ -188,8 +188,8 @@ class _Reader:
                 names += [name] * bool(words)
         if any(word.startswith("-") for word in arguments):
             # A file may have the name "--help": an argument is never read as an option.
-            return Step(verb, (*options_typed, "--", *arguments), command, tuple(names))
-        return Step(verb, (*arguments, *options_typed), command, tuple(names))
+            return RecipeStep(verb, (*options_typed, "--", *arguments), command, tuple(names))
+        return RecipeStep(verb, (*arguments, *options_typed), command, tuple(names))
 
     def _refuse_same(
         self, where: str, known: Mapping[str, click.Parameter], *, node: yaml.Node, given: Iterable[str]

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from lora_export.commands.options import adapter_options, expose_options, load_adapters, run_expose
+from lora_export.commands.options import adapter_options, expose_options, load_all, run_expose
 from lora_export.commands.verb import Verb
-from lora_export.commands.whole import Whole
+from lora_export.commands.whole_numbers import Whole
 from lora_export.storage.inputs import same_inputs
 
 
@@ -56,7 +56,7 @@ def swap_onnx(
     names = [name.strip() for given in target_modules for name in given.split(",") if name.strip()]
     if not adapters and not names:
         raise click.UsageError("no modules to expose: give --adapter or --target-modules")
-    options |= {"adapter": load_adapters(adapters, options), "target_modules": names}
+    options |= {"adapter": load_all(adapters, options), "target_modules": names}
     run_expose(
         mode.swap_onnx,
         base,

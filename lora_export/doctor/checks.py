@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_export.errors import install_line
-from lora_export.machines.local_gpus import Gpu, LocalGpus
+from lora_export.machines.local_gpus import LocalGpu, LocalGpus
 from lora_export.machines.packages import PACKAGES, Package
 from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
 
@@ -190,7 +190,7 @@ def _on_this_gpu(machine: Machine, name: str, title: str, works: str, packages: 
     return Capability(name=name, title=title, works=True, reason=works.format(_listed(machine.gpus.gpus)))
 
 
-def _listed(gpus: Sequence[Gpu]) -> str:
+def _listed(gpus: Sequence[LocalGpu]) -> str:
     return ", ".join(f"{gpu.name} ({gpu.compute_capability or 'unknown'})" for gpu in gpus)
 
 

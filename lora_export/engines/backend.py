@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_export.engines.record import BuildOptions
 from lora_export.errors import BackendUnavailable, install_line
-from lora_export.machines.local_gpus import Gpu, local_gpus
+from lora_export.machines.local_gpus import LocalGpu, local_gpus
 from lora_export.machines.packages import PACKAGES
 
 # The packages have no types; a test checks the names that we use against their bindings.
@@ -149,7 +149,7 @@ class Compiler(ABC):
 
 
 @cache
-def _first_gpu() -> Gpu | None:
+def _first_gpu() -> LocalGpu | None:
     return next((gpu for gpu in local_gpus().gpus if gpu.compute_capability), None)
 
 

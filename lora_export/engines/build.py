@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_export import __version__
 from lora_export.engines.backend import DTYPES, Compiler, gpu_name_here
-from lora_export.engines.builder_process import Job
+from lora_export.engines.builder_process import BuildJob
 from lora_export.engines.cache import EngineCache, default_folder, key_of
 from lora_export.engines.plan import BuildPlan, BuildRequest, Group, engine_files, plan_build
 from lora_export.engines.profiles import ProfileRequest, shape_text
@@ -32,6 +32,7 @@ from lora_export.storage.outputs import (
     refuse_replacing,
 )
 from lora_export.untrusted.places import exists
+from lora_export.untrusted.shown import shown
 
 PathLike = str | os.PathLike[str]
 
@@ -92,6 +93,12 @@ class BuildReport:
     def groups(self) -> tuple[Group, ...]:
         """The GPUs of each engine."""
         return tuple(engine.group for engine in self.engines)
+
+    def __str__(self) -> str:
+        """Return a line for each engine and each note."""
+        verb = "would write" if self.dry_run else "wrote"
+        lines = [f"{verb} {shown(engine.path)} for {engine.group.label}" for engine in self.engines]
+        return "\n".join([*lines, *(f"note: {shown(note)}" for note in self.notes)])
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -309,7 +316,7 @@ def _key(work: _Work, group: Group) -> str:
 
 def _compile(work: _Work, group: Group, staged: Mapping[str, Path], log: Path) -> dict[str, Any]:
     graph = work.plan.admitted.graph
-    job = Job(
+    job = BuildJob(
         backend=group.compiler.name,
         graph=str(work.scratch / "graph.onnx"),
         # Not resolved: if the file is a link, its data lies beside the link, for us as for other tools.

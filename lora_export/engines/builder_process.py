@@ -34,7 +34,7 @@ _MEMORY = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class BuildJob:
     """One build.
 
     Attributes:
@@ -68,7 +68,7 @@ class Job:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Job:
+    def from_json(cls, text: str) -> BuildJob:
         """Read a job."""
         return from_plain(cls, parse_json(text))
 
@@ -146,7 +146,7 @@ def _monitor(trt: TensorRT, progress: Any) -> Any:
     return Monitor()
 
 
-def _parse(trt: TensorRT, network: Any, job: Job, messages: _Messages) -> None:
+def _parse(trt: TensorRT, network: Any, job: BuildJob, messages: _Messages) -> None:
     parser = trt.OnnxParser(network, messages.logger)
     done = parser.parse(Path(job.graph).read_bytes(), job.model)
     errors = [parser.get_error(number) for number in range(parser.num_errors)]
@@ -179,7 +179,7 @@ def _let_attention_decompose(trt: TensorRT, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def _add_profiles(trt: TensorRT, builder: Any, config: Any, network: Any, job: Job) -> None:
+def _add_profiles(trt: TensorRT, builder: Any, config: Any, network: Any, job: BuildJob) -> None:
     inputs = {network.get_input(number).name: number for number in range(network.num_inputs)}
     reasons = [
         {"text": f"input '{name}' is a shape tensor: its values would have to be in a profile"}
@@ -213,7 +213,9 @@ def _port(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
 
 
-def _build(compiler: Compiler, trt: TensorRT, job: Job, messages: _Messages, progress: Any) -> dict[str, Any]:
+def _build(
+    compiler: Compiler, trt: TensorRT, job: BuildJob, messages: _Messages, progress: Any
+) -> dict[str, Any]:
     builder = trt.Builder(messages.logger)
     network = builder.create_network(_network_flags(trt))
     progress({"phase": "Parsing ONNX", "share": 0.0})
@@ -267,7 +269,7 @@ def end_with_parent(parent: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(job: Job) -> int:
+def run(job: BuildJob) -> int:
     """Do a job; return the exit code: 0 if it was built."""
     with os.fdopen(job.pipe, "w", encoding="utf-8") as pipe:
 
@@ -302,4 +304,4 @@ if __name__ == "__main__":
     end_with_parent(int(sys.argv[2]))
     # Ctrl-C on a terminal goes to both processes: the parent decides what happens to this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit(run(Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    sys.exit(run(BuildJob.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))))

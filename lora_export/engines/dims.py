@@ -74,7 +74,7 @@ def phase_ranges(name: str, largest: Mapping[str, int]) -> dict[str, Range] | No
     return None
 
 
-def total_of(sequence: Range, past: Range) -> Range:
+def sum_of_both(sequence: Range, past: Range) -> Range:
     """Return the sizes of both together, which an attention mask has."""
     return Range(sequence.low + past.low, sequence.usual + past.usual, sequence.high + past.high)
 

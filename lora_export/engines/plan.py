@@ -19,7 +19,7 @@ from lora_export.errors import BackendError, GraphError
 from lora_export.graph.exposed import KEY
 from lora_export.graph.onnx_file import load_graph
 from lora_export.graph.roles import role_of
-from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES, Target, find_target
+from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES, Gpu, find_target
 from lora_export.untrusted.texts import is_utf8
 
 PathLike = str | os.PathLike[str]
@@ -66,7 +66,7 @@ class Group:
         fits: How the engine fits in each GPU's memory.
     """
 
-    targets: tuple[Target, ...]
+    targets: tuple[Gpu, ...]
     compiler: Compiler
     fits: tuple[Fit, ...] = ()
 
@@ -231,7 +231,7 @@ def _groups(request: BuildRequest) -> list[Group]:
     return [Group(tuple(targets), compilers[0])]
 
 
-def _targets(names: Sequence[str]) -> list[Target]:
+def _targets(names: Sequence[str]) -> list[Gpu]:
     """Return the targets by name, each once."""
     singles = [single.strip() for given in names for single in given.split(",") if single.strip()]
     if not singles:
@@ -239,7 +239,7 @@ def _targets(names: Sequence[str]) -> list[Target]:
             "no target is given: which GPUs is the engine for?",
             "give --target NAME; lora-export targets lists the names",
         )
-    found: dict[str, Target] = {}
+    found: dict[str, Gpu] = {}
     problems, hint = [], ""
     for name in singles:
         for single in RTX_COMPUTE_CAPABILITIES if name.lower() == ALL else [name]:

@@ -23,7 +23,7 @@ from lora_export.engines.dims import (
     default_rank,
     phase_ranges,
     rank_dims,
-    total_of,
+    sum_of_both,
     varying,
 )
 from lora_export.engines.record import Port, Profile, ShapeRange
@@ -180,7 +180,7 @@ class _Maker:
         """Check that a mask's sizes cover past and sequence: otherwise the engine accepts no request."""
         if TOTAL not in self._roles or self.problems:
             return
-        wanted, given = total_of(self._of_role(SEQUENCE), self._of_role(PAST)), self._roles[TOTAL]
+        wanted, given = sum_of_both(self._of_role(SEQUENCE), self._of_role(PAST)), self._roles[TOTAL]
         if given.low > wanted.low or given.high < wanted.high:
             self.problems.append(f"{TOTAL}: {given}, but sequence and past together are {wanted}")
 
@@ -207,7 +207,7 @@ class _Maker:
             return self._ranks[symbol].sizes(self._roles[RANK])
         role = role_of(port.name, port.dims, axis)
         if role == TOTAL and TOTAL not in self._roles:
-            return total_of(self._of_role(SEQUENCE), self._of_role(PAST))
+            return sum_of_both(self._of_role(SEQUENCE), self._of_role(PAST))
         if role != TOTAL and (computed := self._computed(symbol)) is not None:
             return computed
         if role is None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lora_export.engines.builder_process import Job
+from lora_export.engines.builder_process import BuildJob
 from lora_export.errors import BackendUnavailable, EngineBuildError, LoraExportError, OutputError
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.progress import Say
@@ -38,7 +38,9 @@ _LINE = 300
 _PAUSE_MS = 200
 
 
-def run_worker(job: Job, graph: GraphFile, scratch: Path, kept_log: Path, progress: Say) -> dict[str, Any]:
+def run_worker(
+    job: BuildJob, graph: GraphFile, scratch: Path, kept_log: Path, progress: Say
+) -> dict[str, Any]:
     """Build an engine.
 
     Args:

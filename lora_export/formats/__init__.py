@@ -17,7 +17,7 @@ from lora_export.errors import AdapterError
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter
     from lora_export.formats.provenance import Writer
-    from lora_export.formats.reading.source import Format, Source
+    from lora_export.formats.reading.source import AdapterSource, Format
 
 __all__ = ["FORMATS", "WRITERS", "as_adapter", "load_adapter", "save_adapter", "writer_of"]
 
@@ -74,9 +74,9 @@ def load_adapter(
     """
     from lora_export.formats.reading.pairs import check_options
     from lora_export.formats.reading.patterns import within
-    from lora_export.formats.reading.source import Options, open_source
+    from lora_export.formats.reading.source import ReadOptions, open_source
 
-    options = Options(alpha, rank, rslora, component)
+    options = ReadOptions(alpha, rank, rslora, component)
     check_options(options)
     if format is not None and format not in FORMATS:
         raise AdapterError(f"the format '{format}' is unknown", f"give one of: {', '.join(FORMATS)}")
@@ -148,7 +148,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, force: bool = False) -> P
     return write_folder(adapter, Path(folder), force)
 
 
-def detect_format(source: Source) -> str:
+def detect_format(source: AdapterSource) -> str:
     """Return the one format that recognises the file; a format that is certain comes first.
 
     Raises:

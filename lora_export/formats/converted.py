@@ -12,17 +12,17 @@ from pathlib import Path
 from lora_export.adapter import Adapter, Array
 from lora_export.formats.provenance import FORMAT_KEY, FORMAT_NAME, LAYOUT, LAYOUT_KEY, Provenance, Writer
 from lora_export.formats.reading.graph_layout import EXPECTS, read_converted
-from lora_export.formats.reading.source import Format, Options, Source
+from lora_export.formats.reading.source import AdapterSource, Format, ReadOptions
 from lora_export.formats.reading.tensors import write_safetensors
 from lora_export.storage.sums.seal import seal_file
 
 
-def recognises(source: Source) -> bool:
+def recognises(source: AdapterSource) -> bool:
     """Return whether the file has the metadata that we write."""
     return source.metadata.get(FORMAT_KEY) == FORMAT_NAME and source.metadata.get(LAYOUT_KEY) == LAYOUT
 
 
-def read(source: Source, options: Options) -> Adapter:
+def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     """Make an adapter from a converted file.
 
     Raises:

@@ -32,11 +32,11 @@ from lora_export.formats.reading.pairs import (
     PartsTable,
     adapter_of,
     build_module,
-    number,
     raise_problems,
     select_component,
+    single_number,
 )
-from lora_export.formats.reading.source import Format, Options, Source
+from lora_export.formats.reading.source import AdapterSource, Format, ReadOptions
 from lora_export.formats.reading.stated import Stated, check_alpha_tensors, check_claims, stated_of
 from lora_export.untrusted.documents import json_of
 
@@ -48,7 +48,7 @@ _LORA = re.compile(
 )
 
 
-def recognises(source: Source) -> bool:
+def recognises(source: AdapterSource) -> bool:
     """Return whether names are in an old spelling, or in PEFT's with a sign that diffusers' rules hold."""
     if source.config is not None:
         return False
@@ -58,7 +58,7 @@ def recognises(source: Source) -> bool:
     return follows_diffusers(paths, source.metadata)
 
 
-def read(source: Source, options: Options) -> Adapter:
+def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     """Make an adapter from a diffusers file.
 
     Raises:
@@ -125,7 +125,7 @@ def _split(path: str, stream: str, components: Components) -> tuple[str | None, 
     return component, path
 
 
-def _configs(source: Source) -> dict[str | None, Mapping[str, Any]]:
+def _configs(source: AdapterSource) -> dict[str | None, Mapping[str, Any]]:
     text = source.metadata.get(METADATA_KEY)
     if not text:
         return {}
@@ -161,18 +161,18 @@ class _Scalings:
         notes: Origin of the numbers, if the file doesn't state them module by module.
     """
 
-    def __init__(self, source: Source, options: Options, table: PartsTable) -> None:
+    def __init__(self, source: AdapterSource, options: ReadOptions, table: PartsTable) -> None:
         self.notes: list[str] = []
         self._source = source
         self._options = options
         self._problems = table.problems
         self._rows = list(table.rows.values())
         self._stated: dict[str | None, Stated] = {}
-        own = [number(row.tensors["alpha"]) if "alpha" in row.tensors else None for row in self._rows]
+        own = [single_number(row.tensors["alpha"]) if "alpha" in row.tensors else None for row in self._rows]
         check_alpha_tensors(own, options, self._problems)
         # `of` takes the alpha tensors out of the parts.
         self._alphas = {
-            component: [number(row.tensors["alpha"]) for row in self._rows
+            component: [single_number(row.tensors["alpha"]) for row in self._rows
                         if row.component == component and "alpha" in row.tensors]
             for component in {row.component for row in self._rows}
         }  # fmt: skip
@@ -183,14 +183,15 @@ class _Scalings:
         if rules is not None:
             parts.rank = rules.rank(parts.path)
             alpha = rules.alpha(parts.path)
-            if own is not None and alpha is not None and number(own) != alpha:
+            if own is not None and alpha is not None and single_number(own) != alpha:
                 self._problems.append(
-                    f"{parts.label}: .alpha is {number(own):g}, but the metadata {METADATA_KEY} say {alpha:g}"
+                    f"{parts.label}: .alpha is {single_number(own):g}, but the metadata {METADATA_KEY} say "
+                    f"{alpha:g}"
                 )
             return alpha, rules.rslora
         parts.rank = self._options.rank
         if own is not None:
-            return number(own), bool(self._options.rslora)
+            return single_number(own), bool(self._options.rslora)
         stated = self._of_component(parts.component)
         if (alpha := stated.alpha_of(parts.rows)) is not None:
             return alpha, stated.rslora

@@ -15,7 +15,7 @@ from pathlib import Path
 from lora_export.adapter import Adapter, Array
 from lora_export.formats.provenance import Provenance, Writer
 from lora_export.formats.reading.graph_layout import EXPECTS, has_names, read_converted
-from lora_export.formats.reading.source import EDGE_LLM_NAME, Format, Options, Source
+from lora_export.formats.reading.source import EDGE_LLM_NAME, AdapterSource, Format, ReadOptions
 from lora_export.formats.reading.tensors import write_safetensors
 from lora_export.storage.folders import listed_files
 from lora_export.storage.hashes import hash_written
@@ -26,12 +26,12 @@ _CONFIG_NAME = "config.json"
 _OUTSIDE = frozenset({"lm_head", "embed_tokens", "vision_tower", "audio_tower", "visual"})
 
 
-def recognises(source: Source) -> bool:
+def recognises(source: AdapterSource) -> bool:
     """Return whether the file has the name that Edge-LLM's tools use."""
     return source.file.name == EDGE_LLM_NAME and has_names(source.tensors)
 
 
-def read(source: Source, options: Options) -> Adapter:
+def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     """Make an adapter from such a folder; the base is known if we wrote it.
 
     Raises:

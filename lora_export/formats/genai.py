@@ -16,17 +16,17 @@ from lora_export.adapter import Adapter, Array
 from lora_export.formats.provenance import Provenance, Writer, base_version
 from lora_export.formats.reading.graph_layout import read_converted
 from lora_export.formats.reading.ort_file import SUFFIX, config_of, write_ort_file
-from lora_export.formats.reading.source import Format, Options, Source
+from lora_export.formats.reading.source import AdapterSource, Format, ReadOptions
 
 _MARK = re.compile(r"\.lora_[AB]\.MatMul\.weight$")
 
 
-def recognises(source: Source) -> bool:
+def recognises(source: AdapterSource) -> bool:
     """Return whether an ``.onnx_adapter`` has the builder's names."""
     return source.file.suffix == SUFFIX and any(_MARK.search(name) for name in source.tensors)
 
 
-def read(source: Source, options: Options) -> Adapter:
+def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     """Make an adapter from such a file.
 
     Raises:

@@ -19,11 +19,11 @@ from lora_export.formats.reading.pairs import (
     PartsTable,
     adapter_of,
     build_module,
-    number,
     raise_problems,
     select_component,
+    single_number,
 )
-from lora_export.formats.reading.source import Format, Options, Source
+from lora_export.formats.reading.source import AdapterSource, Format, ReadOptions
 from lora_export.formats.reading.stated import Stated, check_alpha_tensors, check_claims, stated_of
 from lora_export.formats.reading.wrappers import strip_flat_wrappers
 
@@ -48,7 +48,7 @@ _REFUSED = (
 )
 
 
-def recognises(source: Source) -> bool:
+def recognises(source: AdapterSource) -> bool:
     """Return whether a tensor name ends in ``.lora_down.weight`` or begins like kohya's names."""
     return any(
         path.endswith((".lora_down.weight", ".lora_up.weight")) or (_COMPONENT.match(path) and "." in path)
@@ -56,7 +56,7 @@ def recognises(source: Source) -> bool:
     )
 
 
-def read(source: Source, options: Options) -> Adapter:
+def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     """Make an adapter from a kohya file. Paths keep their underscores: `Adapter.flattened`.
 
     Raises:
@@ -74,7 +74,9 @@ def read(source: Source, options: Options) -> Adapter:
         table.add(module_path, _PARTS[match["part"]], name=name, values=values, component=component)
     notes = select_component(source, table, options.component)
     modules = {}
-    own = [number(row.tensors["alpha"]) if "alpha" in row.tensors else None for row in table.rows.values()]
+    own = [
+        single_number(row.tensors["alpha"]) if "alpha" in row.tensors else None for row in table.rows.values()
+    ]
     check_alpha_tensors(own, options, table.problems)
     stated = _stated(source, options, table)
     for parts in table.rows.values():
@@ -128,7 +130,7 @@ def _refusal(name: str) -> str:
     return "not a tensor name of kohya's files"
 
 
-def _stated(source: Source, options: Options, table: PartsTable) -> Stated:
+def _stated(source: AdapterSource, options: ReadOptions, table: PartsTable) -> Stated:
     """Return the stated scaling of the modules without ``.alpha``, if there are any."""
     rows = [row for row in table.rows.values() if "alpha" not in row.tensors]
     if not rows:
@@ -137,11 +139,13 @@ def _stated(source: Source, options: Options, table: PartsTable) -> Stated:
     return stated_of(source, options, table.problems, ranks=ranks, of_diffusion=True)
 
 
-def _alpha(parts: Parts, stated: Stated, options: Options, problems: list[str]) -> tuple[float | None, bool]:
+def _alpha(
+    parts: Parts, stated: Stated, options: ReadOptions, problems: list[str]
+) -> tuple[float | None, bool]:
     """Return alpha and rsLoRA of a module; kohya's rule is that the scaling is 1 without alpha."""
     own = parts.tensors.pop("alpha", None)
     if own is not None:
-        return number(own), bool(options.rslora)
+        return single_number(own), bool(options.rslora)
     alpha = stated.alpha_of(parts.rows)
     if alpha is None and options.rslora:
         problems.append(f"{parts.label}: rsLoRA is stated, but not alpha; give --alpha")

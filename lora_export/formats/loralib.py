@@ -31,7 +31,7 @@ from lora_export.formats.reading.pairs import (
     build_module,
     raise_problems,
 )
-from lora_export.formats.reading.source import Format, Options, Source
+from lora_export.formats.reading.source import AdapterSource, Format, ReadOptions
 from lora_export.formats.reading.stated import stated_of, where_to_look
 from lora_export.formats.reading.tensors import value_problems
 
@@ -44,12 +44,12 @@ _TABLE = (
 )
 
 
-def recognises(source: Source) -> bool:
+def recognises(source: AdapterSource) -> bool:
     """Return whether a name ends in ``.lora_A`` or ``.lora_B``, outside of a PEFT folder (AdaLoRA's)."""
     return source.peft_config is None and any(_LORA.match(path) for path in source.paths.values())
 
 
-def read(source: Source, options: Options) -> Adapter:
+def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     """Make an adapter from a loralib checkpoint.
 
     Raises:
@@ -96,7 +96,7 @@ def read(source: Source, options: Options) -> Adapter:
     return replace(made, extras=extras, extra_tensors=named)
 
 
-def _sort_tensors(source: Source) -> tuple[PartsTable, dict[str, Array]]:
+def _sort_tensors(source: AdapterSource) -> tuple[PartsTable, dict[str, Array]]:
     table = PartsTable()
     extras: dict[str, Array] = {}
     for name, path, values in source.entries():

@@ -22,18 +22,18 @@ from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
 from lora_export.formats.reading.embedding_names import is_embedding_name
 from lora_export.formats.reading.pairs import Parts, PartsTable, adapter_of, build_module, raise_problems
-from lora_export.formats.reading.source import CONFIG_NAME, Format, Options, Source
+from lora_export.formats.reading.source import CONFIG_NAME, AdapterSource, Format, ReadOptions
 
 _NAME = re.compile(r"^(?P<path>.+)\.(?P<part>lora_a|lora_b|m)$")
 
 
-def recognises(source: Source) -> bool:
+def recognises(source: AdapterSource) -> bool:
     """Return whether names end in ``.lora_a`` or ``.lora_b``, in lower case, or the config is mlx-lm's."""
     small = any(path.endswith((".lora_a", ".lora_b")) for path in source.paths.values())
     return small or (source.config is not None and source.peft_config is None)
 
 
-def read(source: Source, options: Options) -> Adapter:
+def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     """Make an adapter from the files of ``mlx_lm.lora``.
 
     Raises:
@@ -74,7 +74,7 @@ def read(source: Source, options: Options) -> Adapter:
 
 
 def _settings(
-    source: Source, config: Mapping[str, Any], options: Options, problems: list[str]
+    source: AdapterSource, config: Mapping[str, Any], options: ReadOptions, problems: list[str]
 ) -> tuple[float | None, int | None]:
     """Return the factor of the change and the stated rank."""
     parameters = config.get("lora_parameters", {})

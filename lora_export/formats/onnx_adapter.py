@@ -13,15 +13,15 @@ from lora_export.adapter import Adapter, Array
 from lora_export.formats.provenance import Provenance, Writer, base_version
 from lora_export.formats.reading.graph_layout import EXPECTS, read_converted
 from lora_export.formats.reading.ort_file import SUFFIX, config_of, write_ort_file
-from lora_export.formats.reading.source import Format, Options, Source
+from lora_export.formats.reading.source import AdapterSource, Format, ReadOptions
 
 
-def recognises(source: Source) -> bool:
+def recognises(source: AdapterSource) -> bool:
     """Return whether the file's name ends in ``.onnx_adapter``: onnxruntime's reader has checked the rest."""
     return source.file.suffix == SUFFIX
 
 
-def read(source: Source, options: Options) -> Adapter:
+def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     """Make an adapter from an ``.onnx_adapter``.
 
     The format doesn't distinguish an embedding from a linear module; both are read as linear, and have the

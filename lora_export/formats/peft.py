@@ -21,7 +21,7 @@ import numpy as np
 from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.errors import AdapterError
 from lora_export.formats.reading.diffusion_names import follows_diffusers, strip_denoiser
-from lora_export.formats.reading.experts import is_target_module, layout_of, nesting, parameters_of
+from lora_export.formats.reading.experts import expert_layout, is_target_module, nesting, parameter_names
 from lora_export.formats.reading.lora_config import (
     BLOCK_LISTS,
     UNMERGEABLE,
@@ -40,7 +40,7 @@ from lora_export.formats.reading.pairs import (
     select_component,
 )
 from lora_export.formats.reading.pattern_keys import misplaced_keys
-from lora_export.formats.reading.source import CONFIG_NAME, FORMAT_OPTION, Format, Options, Source
+from lora_export.formats.reading.source import CONFIG_NAME, FORMAT_OPTION, AdapterSource, Format, ReadOptions
 from lora_export.formats.reading.stated import check_claims, stated_of, where_to_look
 from lora_export.formats.reading.targeting import is_targeted
 from lora_export.formats.reading.tensors import value_problems
@@ -71,7 +71,7 @@ _PROMPT_TUNERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMP
                   "CPT", "CARTRIDGE")  # fmt: skip
 
 
-def recognises(source: Source) -> bool:
+def recognises(source: AdapterSource) -> bool:
     """Return whether the file has PEFT's name beside a PEFT config, or has PEFT's tensor names."""
     if source.peft_config is not None:
         return True
@@ -82,7 +82,7 @@ def recognises(source: Source) -> bool:
     return bool(lora) and source.config is None and not follows_diffusers(paths, source.metadata)
 
 
-def read(source: Source, options: Options) -> Adapter:
+def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     """Make an adapter from a PEFT file, with its config or with a stated alpha.
 
     Raises:
@@ -219,14 +219,16 @@ def _build_modules(
             _expand_blocks(parts, config["use_bdlora"], room, table.problems)
         module = build_module(parts, rules.alpha(pattern_path), rules.rslora, table.problems)
         if module and module.experts > 1:
-            turned, layout = layout_of(config.get("peft_version"))
+            turned, layout = expert_layout(config.get("peft_version"))
             module = replace(module, turned=turned, layout=layout)
         if module:
             modules[module.key] = module
     return modules
 
 
-def _config_from(source: Source, options: Options, problems: list[str], notes: list[str]) -> dict[str, Any]:
+def _config_from(
+    source: AdapterSource, options: ReadOptions, problems: list[str], notes: list[str]
+) -> dict[str, Any]:
     """Make up for a missing config: ranks come from the tensors, alpha from the option or from the file."""
     ranks = {
         match["path"].removeprefix(PREFIX): int(source.tensors[name].shape[0])
@@ -263,7 +265,7 @@ def _config_from(source: Source, options: Options, problems: list[str], notes: l
     }
 
 
-def _refuse_other_tuners(source: Source, config: Mapping[str, Any]) -> None:
+def _refuse_other_tuners(source: AdapterSource, config: Mapping[str, Any]) -> None:
     tuner = str(config.get("peft_type")).upper()
     if tuner == "LORA":
         return
@@ -283,7 +285,7 @@ def _part(match: re.Match[str]) -> str | None:
     return _PARTS.get(match["part"] + (match["leaf"] or ""))
 
 
-def _sort_tensors(source: Source, table: PartsTable) -> tuple[dict[str, Array], dict[str, str]]:
+def _sort_tensors(source: AdapterSource, table: PartsTable) -> tuple[dict[str, Array], dict[str, str]]:
     """Sort the tensors into modules' parts, whole parameters (with their tensors' names) and ignored ones."""
     extras: dict[str, Array] = {}
     names: dict[str, str] = {}
@@ -361,7 +363,7 @@ def _name_parameters(table: PartsTable, rules: LoraRules, config: Mapping[str, A
     for parts in table.rows.values():
         levels.setdefault(parts.path.replace(".base_layer", ""), []).append(parts)
     for path, rows in levels.items():
-        names = parameters_of(path, rules.target_parameters, len(rows))
+        names = parameter_names(path, rules.target_parameters, len(rows))
         plain = len(rows) == 1 and rows[0].path == path
         if plain and (not names or is_target_module(path, config)):
             continue

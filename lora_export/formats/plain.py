@@ -11,19 +11,19 @@ from dataclasses import replace
 
 from lora_export.adapter import Adapter
 from lora_export.formats.reading.pairs import PartsTable, adapter_of, build_module, raise_problems
-from lora_export.formats.reading.source import Format, Options, Source
+from lora_export.formats.reading.source import AdapterSource, Format, ReadOptions
 from lora_export.formats.reading.stated import stated_of, where_to_look
 
 _LORA = re.compile(r"^(?P<path>.+)\.(?P<part>[AB])\.weight$")
 
 
-def recognises(source: Source) -> bool:
+def recognises(source: AdapterSource) -> bool:
     """Return whether tensors are named ``….A.weight`` and ``….B.weight``."""
     parts = {match["part"] for path in source.paths.values() if (match := _LORA.match(path))}
     return parts == {"A", "B"}
 
 
-def read(source: Source, options: Options) -> Adapter:
+def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     """Make an adapter from ``….A.weight`` and ``….B.weight``.
 
     Raises:

@@ -128,7 +128,7 @@ class DataTensor(ir.ExternalTensor):
             ) from error
 
 
-def layout_of(tensors: Iterable[tuple[str, ir.ExternalTensor]]) -> str:
+def layout_hash(tensors: Iterable[tuple[str, ir.ExternalTensor]]) -> str:
     """Return one hash of the layout of weights: name, file, offset and length of each, in any order."""
     lines = sorted(f"{name}\t{held.location}\t{held.offset or 0}\t{held.length}" for name, held in tensors)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -162,7 +162,7 @@ def mark_data(model: ir.Model, files: Mapping[str, FileHash], manifest: str = ""
     model.metadata_props.pop(KEY, None)
     if known or manifest:
         identity = DataIdentity(
-            layout_of(tensors),
+            layout_hash(tensors),
             {place: entry.sha256 for place, entry in known.items()},
             {place: entry.blake3 for place, entry in known.items() if entry.blake3},
             manifest,
@@ -198,7 +198,7 @@ def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callabl
     Args:
         metadata: ``metadata_props`` of an ONNX file, or ONNX Runtime's ``custom_metadata_map``.
         path: The graph's file. A missing data file is not an error here, but of the graph's reader.
-        layout: Function that returns `layout_of` the graph; called only if a file differs.
+        layout: Function that returns `layout_hash` the graph; called only if a file differs.
     """
     identity = read_identity(metadata, path)
     if identity is None:

@@ -12,7 +12,14 @@ import onnx_ir as ir
 
 from lora_export.adapter import Array
 from lora_export.errors import OutputError
-from lora_export.graph.onnx_file import GraphFile, Source, byte_size, matrix_shape, shape_of, source_of
+from lora_export.graph.onnx_file import (
+    ConstantSource,
+    GraphFile,
+    byte_size,
+    matrix_shape,
+    shape_of,
+    source_of,
+)
 from lora_export.progress import tell_size
 from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.patch import Patch
@@ -26,7 +33,7 @@ _SMALL_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class InitializerChange:
     """Patches for one initializer.
 
     Attributes:
@@ -42,12 +49,12 @@ class Change:
 @dataclass(frozen=True)
 class _Slot:
     value: ir.Value
-    source: Source
+    source: ConstantSource
     at: int
 
 
 def plan_data(
-    graph: GraphFile, changes: Mapping[ir.Value, Change], out: Path, shared_files: Set[Path]
+    graph: GraphFile, changes: Mapping[ir.Value, InitializerChange], out: Path, shared_files: Set[Path]
 ) -> tuple[list[_Slot], int, int]:
     """Choose the constants of the data file; those that stay in ``shared_files`` refer to these files.
 
@@ -96,7 +103,7 @@ def write_data(
     name: str,
     slots: list[_Slot],
     size: int,
-    changes: Mapping[ir.Value, Change],
+    changes: Mapping[ir.Value, InitializerChange],
     rounding: Mode,
     progress: Callable[[int], None] | None,
 ) -> dict[str, Rounding]:
@@ -116,7 +123,7 @@ def write_data(
 
 def merged_values(
     value: ir.Value,
-    change: Change,
+    change: InitializerChange,
     *,
     rounding: Mode = "off",
     scratch: Path | None = None,
@@ -145,7 +152,7 @@ def merged_values(
         return np.fromfile(path, tensor.dtype.numpy()).reshape(shape_of(tensor))
 
 
-def _piece(slot: _Slot, change: Change | None) -> Piece:
+def _piece(slot: _Slot, change: InitializerChange | None) -> Piece:
     source, tensor = slot.source, slot.value.const_value
     assert tensor is not None
     if change is None:

@@ -1,8 +1,8 @@
 """Load, check and save ONNX graphs with `onnx_ir`, and find the bytes of their constants.
 
-External data is never read here: a constant is a `Source`, a byte range of a file, until its values are
-needed. A graph may refer (see https://onnx.ai/onnx/repo-docs/ExternalData.html) to a file in the model's own
-folder or below it, but not by an absolute path, through ``..``, or through a link out of the folder.
+External data is never read here: a constant is a `ConstantSource`, a byte range of a file, until its values
+are needed. A graph may refer (see https://onnx.ai/onnx/repo-docs/ExternalData.html) to a file in the model's
+own folder or below it, but not by an absolute path, through ``..``, or through a link out of the folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_export.errors import GraphError
 from lora_export.graph.data_identity import (
     DataTensor,
     external_tensors,
-    layout_of,
+    layout_hash,
     place_problem,
     refuse_changed_data,
 )
@@ -40,7 +40,7 @@ FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOA
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class ConstantSource:
     """The place of a constant's bytes: ``length`` bytes at ``offset`` of ``path``, or ``data`` in memory.
 
     It is neither if they are made when the constant is written (`ir.LazyTensor`).
@@ -126,7 +126,7 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
             "no runtime takes the graph: quantise it again",
             limited(problems, most=_SHOWN),
         )
-    refuse_changed_data(model.metadata_props, file, lambda: layout_of(external_tensors(model)))
+    refuse_changed_data(model.metadata_props, file, lambda: layout_hash(external_tensors(model)))
     for value in graph.initializers():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = DataTensor(value.const_value, Path(value.const_value.path))
@@ -215,14 +215,14 @@ def byte_size(tensor: ir.TensorProtocol) -> int:
     return math.ceil(math.prod(int(d) for d in tensor.shape.numpy()) * tensor.dtype.bitwidth / 8)
 
 
-def source_of(tensor: ir.TensorProtocol) -> Source:
+def source_of(tensor: ir.TensorProtocol) -> ConstantSource:
     """Return the place of a tensor's bytes (little-endian, as ONNX stores raw data)."""
     if isinstance(tensor, ir.ExternalTensor):
-        return Source(byte_size(tensor), Path(tensor.path), tensor.offset or 0)
+        return ConstantSource(byte_size(tensor), Path(tensor.path), tensor.offset or 0)
     if isinstance(tensor, ir.LazyTensor):
-        return Source(byte_size(tensor))
+        return ConstantSource(byte_size(tensor))
     data = tensor.tobytes()
-    return Source(len(data), data=data)
+    return ConstantSource(len(data), data=data)
 
 
 def stored_matrix(tensor: ir.TensorProtocol) -> Array:

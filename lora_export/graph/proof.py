@@ -21,7 +21,7 @@ _AGAIN = "capture the checkpoint again"
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """How a graph was compared with PyTorch before it was written.
+    """Comparison of a graph with PyTorch before it was written.
 
     Attributes:
         of: ``model``: with its own weights; ``twin``: a small model of the same config, captured in the same
@@ -30,7 +30,7 @@ class Proof:
         limit: Largest one that rounding explains.
         runs: Number of inputs compared.
         dtype: Dtype in which the twin was captured.
-        reason: Why nothing was compared.
+        reason: Reason why nothing was compared.
     """
 
     of: Literal["model", "twin", "nothing"]
@@ -54,7 +54,7 @@ class Proof:
         """Read the entry that `to_metadata` wrote; None if there is none.
 
         Raises:
-            GraphError: It is damaged.
+            GraphError: The entry is damaged.
         """
         if PROOF_KEY not in metadata:
             return None

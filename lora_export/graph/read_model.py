@@ -27,7 +27,7 @@ _OTHERS = {
 
 
 def read_model(file: Path) -> ir.Model:
-    """Return the model of a file unchanged; external data is not read.
+    """Return the model of a file as it is; external data is not read.
 
     Raises:
         GraphError: The file is not an ONNX file, or is ambiguous.
@@ -41,6 +41,7 @@ def read_model(file: Path) -> ir.Model:
         model = None if problems else ir.from_proto(proto)
         if model is not None:
             ir.external_data.set_base_dir(model.graph, str(file.parent))
+            _name_default_domain(model)
     except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
         raise GraphError(
             f"{file} is not a readable ONNX file: {type(error).__name__}: {_first_line(error)}",
@@ -49,6 +50,13 @@ def read_model(file: Path) -> ir.Model:
     if model is None:
         raise _invalid(file, problems)
     return model
+
+
+def _name_default_domain(model: ir.Model) -> None:
+    """Call ONNX's own domain "" everywhere: "ai.onnx" is another name of it, which onnx_ir leaves here."""
+    for opsets in (model.opset_imports, *(one.opset_imports for one in model.functions.values())):
+        if (version := opsets.pop("ai.onnx", None)) is not None:
+            opsets.setdefault("", version)
 
 
 def inlined(model: ir.Model, file: Path, *, portable: bool = False) -> ir.Model:

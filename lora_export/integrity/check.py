@@ -19,6 +19,7 @@ from lora_export.storage.sums.listed import NAME as SUMS
 from lora_export.storage.sums.seal import find_seal
 from lora_export.untrusted.links import leads_out
 from lora_export.untrusted.places import is_file, is_folder, is_there
+from lora_export.untrusted.shown import limited, shown
 
 State = Literal["ok", "sampled", "unhashed", "not described", "changed", "missing", "outside"]
 # The states by strength: of several findings on one file, the first in this order decides.
@@ -34,11 +35,13 @@ _MOST_FILES = 100_000
 _MOST_ABSENT = 1 << 14
 # Names of one file, by links: each may describe others, and is read.
 _MOST_NAMES = 64
+# Number of files that are named in a few lines.
+_SHOWN = 8
 PathLike = str | os.PathLike[str]
 
 
 @dataclass(kw_only=True)
-class FileState:
+class CheckedFile:
     """State of one file.
 
     Attributes:
@@ -84,9 +87,9 @@ class VerifyReport:
         files: All files that were checked, by path.
     """
 
-    files: tuple[FileState, ...]
+    files: tuple[CheckedFile, ...]
 
-    def failures(self, allow_sampled: bool = False) -> list[FileState]:
+    def failures(self, allow_sampled: bool = False) -> list[CheckedFile]:
         """Return the files that have changed, or may have."""
         allowed = {"ok"} | ({"sampled", "unhashed"} if allow_sampled else set())
         return [
@@ -94,6 +97,13 @@ class VerifyReport:
             for found in self.files
             if found.state not in allowed and (found.state != "not described" or found.matters)
         ]
+
+    def __str__(self) -> str:
+        """Return the numbers of files by their states, and a line for each file that failed."""
+        counts = Counter(found.state for found in self.files)
+        failed = [f"{found.state}: {shown(found.path)}" for found in self.failures()]
+        states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
+        return "\n".join([f"{len(self.files)} files: {states}", *limited(failed, "files", _SHOWN)])
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -193,7 +203,7 @@ class _Check:
     """
 
     progress: Callable[[int], None]
-    states: dict[str, FileState] = field(default_factory=dict)
+    states: dict[str, CheckedFile] = field(default_factory=dict)
     compared: int = 0
     _digests: dict[tuple[str, str], str] = field(default_factory=dict)
     _seen: set[tuple[str, str]] = field(default_factory=set)
@@ -210,7 +220,7 @@ class _Check:
         """
         for path, odd in paths:
             if odd:
-                self.states[f"{path}\0"] = FileState(path=path, details=[odd], matters=True)
+                self.states[f"{path}\0"] = CheckedFile(path=path, details=[odd], matters=True)
             else:
                 self._look_at(path, given)
         while self._named:
@@ -267,10 +277,10 @@ class _Check:
             used.matters = True
             used.add("not described", path.name, "it holds weights of this graph, which has no hash of it")
 
-    def _state(self, path: Path) -> FileState:
+    def _state(self, path: Path) -> CheckedFile:
         shown = Path(os.path.normpath(path))
         key = os.path.join(os.path.realpath(shown.parent), shown.name)  # noqa: PTH118
-        return self.states.setdefault(key, FileState(path=shown))
+        return self.states.setdefault(key, CheckedFile(path=shown))
 
     def _compare(self, claim: Claim, by: Path) -> None:
         if self._is_outside(claim.place, by):
@@ -297,7 +307,7 @@ class _Check:
             return False
         # Not joined: a claim may not be about a file elsewhere.
         key = f"{by}\0{place}"
-        outside = self.states.setdefault(key, FileState(path=Path(f"{by}: {place}")))
+        outside = self.states.setdefault(key, CheckedFile(path=Path(f"{by}: {place}")))
         outside.add("outside", by.name, _OUTSIDE)
         self._count_absent(by)
         return True
@@ -310,7 +320,7 @@ class _Check:
                 "give the whole set, in its own folder",
             )
 
-    def _compare_hash(self, claim: Claim, path: Path, size: int, state: FileState, by: Path) -> None:
+    def _compare_hash(self, claim: Claim, path: Path, size: int, state: CheckedFile, by: Path) -> None:
         if not (claim.blake3 or claim.sha256):
             state.add("unhashed", by.name, _EARLIER)
             return

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lora_export.machines.held import Held
+from lora_export.machines.held_setting import HeldSetting
 
 
 def _limit() -> Callable[[], object]:
@@ -26,7 +26,7 @@ def _libraries(_modules: int) -> Any:
     return ThreadpoolController()
 
 
-_ONE_THREAD = Held(_limit)
+_ONE_THREAD = HeldSetting(_limit)
 
 
 def one_blas_thread() -> contextlib.AbstractContextManager[None]:

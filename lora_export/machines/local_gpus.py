@@ -21,7 +21,7 @@ _LINE = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gpu:
+class LocalGpu:
     """One GPU.
 
     Attributes:
@@ -48,7 +48,7 @@ class LocalGpus:
         problem: The reason if there is no GPU or one can't be read, or "".
     """
 
-    gpus: tuple[Gpu, ...]
+    gpus: tuple[LocalGpu, ...]
     problem: str = ""
 
 
@@ -84,13 +84,13 @@ def local_gpus() -> LocalGpus:
     return LocalGpus(gpus)
 
 
-def _gpu(line: str) -> Gpu | None:
+def _gpu(line: str) -> LocalGpu | None:
     matched = _LINE.match(line)
     if matched is None:
         return None
     target = _target_of(matched["name"])
     known = find_target(target).compute_capability if target else None
-    return Gpu(
+    return LocalGpu(
         name=matched["name"],
         compute_capability=matched["cc"] if matched["cc"][0].isdigit() else known,
         memory_bytes=int(matched["memory"].split()[0]) * _MIB if matched["memory"][0].isdigit() else None,

@@ -29,7 +29,7 @@ _OPTIONAL_WORDS = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class Gpu:
     """A GPU, or all GPUs of one compute capability.
 
     Attributes:
@@ -75,12 +75,12 @@ class Target:
         }
 
 
-def load_targets() -> dict[str, Target]:
+def load_targets() -> dict[str, Gpu]:
     """Return all GPUs by name, in the order of the file."""
     return dict(_catalogue()[0])
 
 
-def find_target(name: str) -> Target:
+def find_target(name: str) -> Gpu:
     """Return the GPU that a name means.
 
     Args:
@@ -100,7 +100,7 @@ def find_target(name: str) -> Target:
     raise BackendError(f"no GPU is called {name!r}{_did_you_mean(key, keys)}", _HINT)
 
 
-def targets_of(compute_capability: str) -> tuple[Target, ...]:
+def gpus_of(compute_capability: str) -> tuple[Gpu, ...]:
     """Return the GPUs of one compute capability (``8.9``)."""
     return tuple(t for t in _catalogue()[0].values() if t.compute_capability == compute_capability)
 
@@ -117,7 +117,7 @@ def select_targets(
     compute_capability: str | None = None,
     precision: str | None = None,
     min_memory_gb: float | None = None,
-) -> list[Target]:
+) -> list[Gpu]:
     """Return the GPUs that meet all conditions.
 
     Args:
@@ -142,7 +142,7 @@ def select_targets(
     ]
 
 
-def _has(target: Target, word: str) -> bool:
+def _has(target: Gpu, word: str) -> bool:
     """Return True if a word occurs in a GPU's name or label."""
     if key := _key(word):
         return key in f"{_key(target.name)} {_key(target.label)}"
@@ -170,9 +170,9 @@ def _data() -> dict[str, Any]:
 
 
 @cache
-def _catalogue() -> tuple[dict[str, Target], dict[str, str]]:
+def _catalogue() -> tuple[dict[str, Gpu], dict[str, str]]:
     """Return the GPUs by name, and all spellings: key → name."""
-    targets: dict[str, Target] = {}
+    targets: dict[str, Gpu] = {}
     keys: dict[str, str] = {}
     for family in _data()["family"]:
         for name, gpu in family["gpus"].items():
@@ -185,9 +185,9 @@ def _catalogue() -> tuple[dict[str, Target], dict[str, str]]:
     return targets, keys
 
 
-def _target(name: str, row: dict[str, Any]) -> Target:
+def _target(name: str, row: dict[str, Any]) -> Gpu:
     memory, bandwidth = row.get("memory_gb"), row.get("bandwidth_gb_s")
-    return Target(
+    return Gpu(
         name=name,
         label=row["label"],
         compute_capability=row["compute_capability"],
@@ -200,7 +200,7 @@ def _target(name: str, row: dict[str, Any]) -> Target:
     )
 
 
-def _any_of(compute_capability: str) -> Target:
+def _any_of(compute_capability: str) -> Gpu:
     """Return a target that stands for all GPUs of a compute capability."""
     known = known_compute_capabilities()
     if compute_capability not in known:
@@ -208,7 +208,7 @@ def _any_of(compute_capability: str) -> Target:
             f"no GPU here has compute capability {compute_capability} (there are: {', '.join(known)})", _HINT
         )
     rtx = compute_capability in RTX_COMPUTE_CAPABILITIES
-    return Target(
+    return Gpu(
         name=f"sm{compute_capability.replace('.', '')}",
         label=f"any GPU of compute capability {compute_capability}",
         compute_capability=compute_capability,

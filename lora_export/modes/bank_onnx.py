@@ -21,17 +21,17 @@ from lora_export.base.open_base import Base, open_base
 from lora_export.base.reads import CheckpointChoice
 from lora_export.base.write_options import WriteOptions
 from lora_export.binding.cast import Caster
-from lora_export.binding.pack import Block, assemble, blocks_of_slot, cut_b
+from lora_export.binding.pack import Rectangle, assemble, blocks_of_slot, cut_b
 from lora_export.errors import AdapterError
 from lora_export.graph.exposed import UNHASHED, Flavour, LoraRecord, Resident, Slot
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.graph.shapes import shapes_of
 from lora_export.modes.branches.bundles import Bundle, bundles_of, with_ranks
+from lora_export.modes.branches.find_branches import refuse_unsuited
 from lora_export.modes.branches.fuse import fuse_calls
 from lora_export.modes.branches.gate import BankGate
 from lora_export.modes.branches.inputs import add_initializer, add_input, ir_type
 from lora_export.modes.branches.output import ExposeReport, base_name, write_exposed
-from lora_export.modes.branches.place import refuse_unsuited
 from lora_export.modes.branches.union import Union
 from lora_export.modes.branches.write import BranchWriter, Tensors
 from lora_export.modes.quantising.choice import choice_of
@@ -264,7 +264,7 @@ def _tensors(
     caster: Caster,
 ) -> dict[str, Tensors]:
     """Make each module's A_all and B_all; refuse NaN, which would reach rows that don't use its slot."""
-    blocks: dict[str, list[Block]] = defaultdict(list)
+    blocks: dict[str, list[Rectangle]] = defaultdict(list)
     for slot, mine in enumerate(loras):
         for block in blocks_of_slot(record, slot, mine, caster):
             blocks[block.tensor].append(block)

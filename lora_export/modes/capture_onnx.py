@@ -143,10 +143,14 @@ def capture(
             share_from=graph.parent if share_base else None,
         )
         if choice is None:
-            if is_file(made.with_name(paths["data"].name)):
-                made.with_name(paths["data"].name).replace(outputs.stage(paths["data"]))
+            data = paths["data"]
+            has_data = is_file(made.with_name(data.name))
+            if has_data:
+                made.with_name(data.name).replace(outputs.stage(data))
             made.replace(outputs.stage(graph))
             outputs.commit()
+            if not has_data:
+                data.unlink(missing_ok=True)  # of the graph that was here before
             return CaptureReport(graph, paths["data"])
         weights = [hash_file(path) for path in _weights(Path(checkpoint))]
         report = _quantised(made, choice, paths, weights, outputs=outputs, progress=progress)

@@ -22,8 +22,8 @@ from lora_export.formats.provenance import Provenance, Writer, is_converted
 from lora_export.graph.exposed import KEY, LoraRecord, lora_record_of
 from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.graph.unused_inputs import unused_modules
+from lora_export.modes.branches.find_branches import refuse_contained
 from lora_export.modes.branches.output import refuse_lost_inputs
-from lora_export.modes.branches.place import refuse_contained
 from lora_export.plan import Plan
 from lora_export.storage.folders import refuse_strangers
 from lora_export.storage.inputs import same_inputs
@@ -62,6 +62,11 @@ class ConvertReport:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     dry_run: bool = False
+
+    def __str__(self) -> str:
+        """Return a few lines: what was converted, warnings, and the output."""
+        plan = replace(self.plan, warnings=tuple(dict.fromkeys((*self.plan.warnings, *self.warnings))))
+        return "\n".join(plan.summary([self.output], self.dry_run))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

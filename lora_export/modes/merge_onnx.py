@@ -15,13 +15,13 @@ from lora_export.adapter import Adapter
 from lora_export.base.history.history import MANIFEST, History, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
 from lora_export.base.open_base import Base, open_base, output_paths
-from lora_export.base.placing.of_module import refuse_other_modules
+from lora_export.base.planning.of_module import refuse_other_modules
 from lora_export.base.reads import CheckpointChoice
 from lora_export.base.ties.copies import may_replace_ties
 from lora_export.base.write_options import WriteOptions
 from lora_export.formats.provenance import refuse_other_bases
 from lora_export.graph.data_identity import mark_data
-from lora_export.graph.external_data import Change, plan_data, write_data
+from lora_export.graph.external_data import InitializerChange, plan_data, write_data
 from lora_export.graph.onnx_file import save_graph
 from lora_export.machines.packages import package_versions
 from lora_export.modes.merging.blend import check_blend
@@ -207,7 +207,9 @@ class _Merging:
                 outputs.commit()
         return report
 
-    def _planned(self, opened: Base, folder: CheckpointMerge | None) -> tuple[Plan, dict[ir.Value, Change]]:
+    def _planned(
+        self, opened: Base, folder: CheckpointMerge | None
+    ) -> tuple[Plan, dict[ir.Value, InitializerChange]]:
         """Return the plan, and the changes of each constant, which are none after a merge into the folder."""
         if folder:
             return folder.placed.plan, {}
@@ -220,7 +222,7 @@ class _Merging:
         )
         return opened.verified(plan), changes
 
-    def _quantising(self, opened: Base, changes: Mapping[ir.Value, Change]) -> Quantising | None:
+    def _quantising(self, opened: Base, changes: Mapping[ir.Value, InitializerChange]) -> Quantising | None:
         """Let the graph's products read codes of the merged weights, if the user wants that."""
         choice = choice_of(self.options.quantize)
         if choice is None:

@@ -26,10 +26,10 @@ from lora_export.graph.exposed import ExposedModule, Flavour, LoraRecord
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.modes.branches.bundles import Bundle, bundles_of
 from lora_export.modes.branches.calls import Branch
+from lora_export.modes.branches.find_branches import refuse_unsuited
 from lora_export.modes.branches.fuse import fuse_calls
 from lora_export.modes.branches.inputs import add_input, ir_type
 from lora_export.modes.branches.output import ExposeReport, base_name, write_exposed
-from lora_export.modes.branches.place import refuse_unsuited
 from lora_export.modes.branches.union import Union
 from lora_export.modes.branches.write import BranchWriter, Tensors
 from lora_export.modes.quantising.choice import choice_of

@@ -33,6 +33,7 @@ from lora_export.storage.outputs import OutputSet, check_parent, output_errors, 
 from lora_export.storage.sums.listed import NAME as SUMS
 from lora_export.storage.sums.listed import read_sums
 from lora_export.untrusted.places import is_folder, is_link
+from lora_export.untrusted.shown import shown
 
 PathLike = str | os.PathLike[str]
 _MIB = 1 << 20
@@ -61,6 +62,12 @@ class KitReport:
     profiles: tuple[Profile, ...]
     notes: tuple[str, ...] = ()
     dry_run: bool = False
+
+    def __str__(self) -> str:
+        """Return a line for each kit and each note."""
+        verb = "would write" if self.dry_run else "wrote"
+        lines = [f"{verb} {shown(kit)}" for kit in self.kits]
+        return "\n".join([*lines, *(f"note: {shown(note)}" for note in self.notes)])
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

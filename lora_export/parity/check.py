@@ -27,7 +27,7 @@ from lora_export.parity.localise.localise import localise as localise_error
 from lora_export.parity.result import BASE, Generated, Localisation, ParityReport, State, Verdict, state_name
 from lora_export.parity.sides.reference import CheckpointReference
 from lora_export.parity.sides.sides import (
-    Options,
+    ParityOptions,
     Sides,
     open_sides,
     states_of,
@@ -101,7 +101,7 @@ def check_parity(
     started = time.monotonic()
     progress = progress or (lambda _what, _share: None)
     given = named_adapters(adapters)
-    options = replace(Options.read(tolerance, dtype, reference_dtype), shapes=parse_sizes(shapes))
+    options = replace(ParityOptions.read(tolerance, dtype, reference_dtype), shapes=parse_sizes(shapes))
     progress("opening both sides", 0.0)
     sides = open_sides(
         Path(reference),
@@ -206,7 +206,7 @@ def _feeds(sides: Sides, choice: _FeedChoice) -> list[Feed]:
 
 
 def _compare(
-    sides: Sides, runs: list[Feed], choice: _FeedChoice, options: Options, progress: Say
+    sides: Sides, runs: list[Feed], choice: _FeedChoice, options: ParityOptions, progress: Say
 ) -> Comparison:
     """Run both sides on all feeds; ``runs`` gets those that were found to be needed besides."""
     comparison = Comparison(
@@ -232,7 +232,7 @@ def _compare(
     return comparison
 
 
-def _judge(sides: Sides, comparison: Comparison, options: Options) -> list[Verdict]:
+def _judge(sides: Sides, comparison: Comparison, options: ParityOptions) -> list[Verdict]:
     """Return the verdicts on all that was compared."""
     judge = Judge(
         dtype=sides.dtype,
@@ -250,7 +250,7 @@ def _judge(sides: Sides, comparison: Comparison, options: Options) -> list[Verdi
     return verdicts
 
 
-def _codes(sides: Sides, options: Options) -> CodesLoss | None:
+def _codes(sides: Sides, options: ParityOptions) -> CodesLoss | None:
     """Return the candidate's loss by quantising, if the limits are derived from it."""
     return sides.candidate.about.codes if options.tolerance.auto else None
 
@@ -315,7 +315,7 @@ def _localise(
         candidate=about.path,
         provider=about.provider,
         values=feed.values,
-        tensors=sides.candidate.lora_inputs(feed.values, rows) if about.path.suffix == ".onnx" else {},
+        tensors=sides.candidate.lora_inputs(feed.values, rows) if not about.is_engine else {},
         state=state,
         dtype=sides.dtype,
         masks=laws_of.masks_of(feed),

@@ -14,12 +14,12 @@ from lora_export.errors import BackendError
 from lora_export.parity.feeds.made import Feed
 from lora_export.parity.judge.limits import FACTOR
 from lora_export.parity.judge.metrics import Tally, group_of, is_logits
-from lora_export.parity.laws import Answer, Laws, masks_of
+from lora_export.parity.laws import Laws, SideOutputs, masks_of
 from lora_export.parity.result import ANY, BASE, OutputMetrics, Scatter, State, Verdict, state_name
 from lora_export.parity.sides.candidate import Candidate
 from lora_export.parity.sides.reference import Reference, pair_outputs
 from lora_export.runtimes.torch.reference import TorchReference
-from lora_export.runtimes.torch.ties import Choice, near_ties, record_choices, turn_ties
+from lora_export.runtimes.torch.ties import TopkCall, near_ties, record_choices, turn_ties
 
 _POINTS = 400
 _FAR = 4.0
@@ -73,7 +73,7 @@ class Comparison:
         answers = {}
         for state in self.states:
             # Without PyTorch's own run there are no choices to compare with, and torch may be missing.
-            recording: AbstractContextManager[list[Choice]] = nullcontext([])
+            recording: AbstractContextManager[list[TopkCall]] = nullcontext([])
             if self.own is not None:
                 recording = record_choices()
             with recording as choices:
@@ -94,12 +94,12 @@ class Comparison:
             )
             if state == BASE:
                 without, actual_without = expected, actual
-            answers[state] = Answer(expected, actual, own, tied)
+            answers[state] = SideOutputs(expected, actual, own, tied)
         self.laws.check(feed, answers, self.pairs)
         self._feeds += 1
 
     def _run_own(
-        self, feed: Feed, state: State, choices: Sequence[Choice]
+        self, feed: Feed, state: State, choices: Sequence[TopkCall]
     ) -> tuple[Mapping[str, Array] | None, Mapping[str, Array] | None]:
         """Run PyTorch in the candidate's dtype, and if there are ties again with the other choices."""
         if self.own is None:

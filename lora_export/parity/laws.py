@@ -23,7 +23,7 @@ Outputs = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
-class Answer:
+class SideOutputs:
     """Outputs of all sides in a state.
 
     Attributes:
@@ -39,7 +39,7 @@ class Answer:
     tied: Outputs | None = None
 
 
-Answers = Mapping[State, Answer]
+Answers = Mapping[State, SideOutputs]
 
 _AGAIN = "the same adapter again after another one gives the same bits"
 

@@ -20,8 +20,8 @@ from lora_export.untrusted.fields import (
     FieldError,
     Keys,
     Later,
-    Matches,
     Number,
+    WholeMatch,
     check_plain,
     from_plain,
 )
@@ -34,8 +34,8 @@ BASE: State = ()
 # State of a verdict that belongs to no single state.
 ANY = "everything"
 Kind = Literal["finite", "error", "effect", "tokens", "law"]
-Name = Annotated[str, Matches(".+", "a text that is not empty")]
-Sha256 = Annotated[str, Matches("([0-9a-f]{64})?", "64 hexadecimal digits, or an empty text")]
+Name = Annotated[str, WholeMatch(".+", "a text that is not empty")]
+Sha256 = Annotated[str, WholeMatch("([0-9a-f]{64})?", "64 hexadecimal digits, or an empty text")]
 _REFERENCE = Keys(
     {"kind": Literal["checkpoint", "onnx", "saved"], "path": str, "dtype": str}, {"sha256": Sha256}
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_export.graph.exposed import LoraRecord
     from lora_export.graph.onnx_file import GraphFile
     from lora_export.graph.quantised import QuantisedRecord
+    from lora_export.runtimes.model_file import ModelFile
 
 # Number of operators, inputs and slots that are named; the others are counted.
 _NAMED = 8
@@ -64,14 +65,12 @@ def read_artefact(path: Path) -> Artefact | None:
             return _kit(path)
         return _genai(path, path) if is_file(path / _GENAI) else None
     # ONNX Runtime's own format is refused by its name.
-    readers: dict[str, Callable[[Path], Artefact]] = {".onnx": _graph, ".ort": _graph, _MANIFEST: _manifest}
-    for ending, read in readers.items():
-        if path.name.endswith(ending):
-            return read(path)
+    if path.suffix in (".onnx", ".ort") or is_engine(path):
+        return _model(path)
+    if path.name.endswith(_MANIFEST):
+        return _manifest(path)
     if path.name == _GENAI:
         return _genai(path.parent, path)
-    if is_engine(path):
-        return _engine(path)
     return _json(path) if path.suffix == ".json" else None
 
 
@@ -87,24 +86,31 @@ def _json(path: Path) -> Artefact | None:
     return _manifest(path) if isinstance(data, dict) and {"mode", "plan", "base"} <= data.keys() else None
 
 
-# --- graphs ------------------------------------------------------------------------------------------
+# --- models ------------------------------------------------------------------------------------------
 
 
-def _graph(path: Path) -> Artefact:
-    from lora_export.base.history.in_graph import adapters_in, merged_in
-    from lora_export.graph.captured import Captured
-    from lora_export.graph.exposed import KEY, lora_record_of
-    from lora_export.graph.onnx_file import load_graph
-    from lora_export.graph.quantised import quantised_in
+def _model(path: Path) -> Artefact:
+    from lora_export.engines.record import EngineRecord
+    from lora_export.runtimes.model_file import ModelFile
     from lora_export.storage.inputs import same_inputs
 
     with same_inputs(at_end=True):
-        graph = load_graph(path)
-        metadata = graph.model.metadata_props
-        exposed = lora_record_of(metadata, str(path)) if KEY in metadata else None
-        captured, merged = Captured.from_metadata(metadata), merged_in(metadata)
-        quantised = [_quantised(record) for record in quantised_in(metadata)]
-        data = {file.name: file.stat().st_size for file in sorted(graph.data_files())}
+        file = ModelFile.read(path)
+        if isinstance(file.content, EngineRecord):
+            return _of_record("engine", file.content)
+        data = {data.name: data.stat().st_size for data in sorted(file.content.data_files())}
+    return _graph(file, file.content, data)
+
+
+def _graph(file: ModelFile, graph: GraphFile, data: Mapping[str, int]) -> Artefact:
+    from lora_export.base.history.in_graph import adapters_in, merged_in
+    from lora_export.graph.proof import Proof
+    from lora_export.graph.quantised import quantised_in
+
+    path, exposed, captured = file.path, file.lora_record, file.captured
+    merged = merged_in(graph.model.metadata_props)
+    proof = Proof.from_metadata(graph.model.metadata_props)
+    quantised = [_quantised(record) for record in quantised_in(graph.model.metadata_props)]
     size = path.stat().st_size + sum(data.values())
     operators = Counter(node.op_type for each in graph.graphs() for node in each)
     facts: dict[str, Any] = {
@@ -116,6 +122,7 @@ def _graph(path: Path) -> Artefact:
         "inputs": _ports(graph, exposed),
         "outputs": [_port(value) for value in graph.graph.outputs],
         "captured": None if captured is None else vars(captured),
+        "proof": None if proof is None else vars(proof),
         "quantised": quantised,
         "merged": [f"{name}, sha256 {sha256}" for name, sha256 in adapters_in(merged)],
         "lora": _lora(exposed, graph),
@@ -129,6 +136,8 @@ def _graph(path: Path) -> Artefact:
     if captured is not None:
         cache = ", with a key-value cache" if captured.kv_cache else ""
         lines.append(f"captured  {captured.kind}, {captured.dtype}{cache}")
+    if proof is not None:
+        lines.append(f"proof     {proof}")
     lines += limited([f"quantised {_quantised_text(entry)}" for entry in quantised], "times", _NAMED)
     lines += [f"merged    {entry}" for entry in limited(facts["merged"], "adapters", _NAMED)]
     lines += _lora_lines(exposed)
@@ -259,12 +268,6 @@ def _adapter(entry: Mapping[str, Any]) -> str:
     weight = entry.get("weight", 1)
     times = f", weight {weight:g}" if isinstance(weight, int | float) and weight != 1 else ""
     return f"{entry.get('name')} ({entry.get('format')}{times}), sha256 {entry.get('sha256')}"
-
-
-def _engine(path: Path) -> Artefact:
-    from lora_export.engines.record import read_engine
-
-    return _of_record("engine", read_engine(path))
 
 
 def _record(kind: str, record: Path, given: Path) -> Artefact:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from lora_export.doctor.checks import Capability, pip_name
 from lora_export.doctor.doctor import DoctorReport
-from lora_export.machines.local_gpus import Gpu
+from lora_export.machines.local_gpus import LocalGpu
 from lora_export.machines.packages import Package
 from lora_export.plan import align
 
@@ -31,7 +31,7 @@ def doctor_lines(report: DoctorReport) -> list[str]:
     return lines
 
 
-def _gpu(gpu: Gpu) -> tuple[str, ...]:
+def _gpu(gpu: LocalGpu) -> tuple[str, ...]:
     memory = (
         "memory shared with the CPU" if gpu.memory_bytes is None else f"{gpu.memory_bytes / _GIB:.1f} GiB"
     )

@@ -140,10 +140,14 @@ def _ranks(shapes: Iterable[ShapeRange]) -> tuple[str, str, str] | None:
 def record_lines(record: EngineRecord) -> list[str]:
     """Return the lines that `inspect` prints for an engine."""
     options = {name: value for name, value in vars(record.options).items() if value not in (False, None)}
+    # A kit's record has neither version and size nor platform until the device has built the engine.
+    built = (
+        f" {record.builder_version}, {size_text(record.size_bytes)}" if record.size_bytes else ", not built"
+    )
+    targets = f"{', '.join(record.targets)} (compute capability {', '.join(record.compute_capabilities)})"
     lines = [
-        f"{record.name}: {record.backend} {record.builder_version}, {size_text(record.size_bytes)}",
-        f"for {', '.join(record.targets)} (compute capability {', '.join(record.compute_capabilities)}), "
-        f"{record.platform}",
+        f"{record.name}: {record.backend}{built}",
+        f"for {targets}" + (f", {record.platform}" if record.platform else ""),
         f"from {record.source.name} (sha256 {record.source.sha256[:16]}…)",
         "options: " + (", ".join(f"{name}={value}" for name, value in options.items()) or "none"),
     ]

@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from lora_export.modes.quantising.find import WeightRow
-from lora_export.modes.quantising.quantise import Quantised
+from lora_export.modes.quantising.quantise import QuantisedWeights
 from lora_export.plan import align
 from lora_export.untrusted.shown import limited
 
 _NAMED = 3
 
 
-def weight_lines(quantised: Quantised) -> list[str]:
+def weight_lines(quantised: QuantisedWeights) -> list[str]:
     """Return a table of all weights, and what happens to each."""
     table = [("weight", "shape", "operator", "what happens")]
     for row in quantised.rows:
@@ -23,7 +23,7 @@ def weight_lines(quantised: Quantised) -> list[str]:
     return align(table)
 
 
-def quantised_lines(quantised: Quantised) -> list[str]:
+def quantised_lines(quantised: QuantisedWeights) -> list[str]:
     """Return lines on what was quantised, what that cost, and what was left."""
     choice, record = quantised.choice, quantised.record
     count = len(quantised.rows) - len(quantised.left)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_export.machines.targets import PRECISIONS, Target
+from lora_export.machines.targets import PRECISIONS, Gpu
 from lora_export.plan import align
 
 _HEADINGS = ("target", "GPU", "compute", "memory", "bandwidth", "precisions", "compilers")
@@ -13,7 +13,7 @@ _GIB = 2**30
 _SHOWN_PRECISIONS = tuple(name for name in PRECISIONS if name not in ("fp32", "tf32"))
 
 
-def target_lines(targets: Sequence[Target]) -> list[str]:
+def target_lines(targets: Sequence[Gpu]) -> list[str]:
     """Return a table and its legend."""
     lines = align([_HEADINGS, *(_row(target) for target in targets)])
     if any(target.shared_memory for target in targets):
@@ -21,7 +21,7 @@ def target_lines(targets: Sequence[Target]) -> list[str]:
     return lines
 
 
-def hint_lines(targets: Sequence[Target]) -> list[str]:
+def hint_lines(targets: Sequence[Gpu]) -> list[str]:
     """Return lines on how to build for the GPUs."""
     rtx = next((target for target in targets if "tensorrt-rtx" in target.compilers), None)
     classic = next((target for target in targets if target.compilers == ("tensorrt",)), None)
@@ -36,7 +36,7 @@ def hint_lines(targets: Sequence[Target]) -> list[str]:
     return lines
 
 
-def _row(target: Target) -> tuple[str, ...]:
+def _row(target: Gpu) -> tuple[str, ...]:
     memory = "–" if target.memory_bytes is None else f"{target.memory_bytes / _GIB:g} GB"
     bandwidth = "–" if target.bandwidth_bytes_s is None else f"{target.bandwidth_bytes_s / 1e9:g} GB/s"
     return (

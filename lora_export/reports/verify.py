@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_export.integrity.check import BROKEN, FileState, VerifyReport
+from lora_export.integrity.check import BROKEN, CheckedFile, VerifyReport
 from lora_export.untrusted.shown import limited
 
 _WORDS = {
@@ -34,12 +34,12 @@ def last_line(report: VerifyReport) -> str:
     return f"{len(states)} files: {', '.join(kinds)}"
 
 
-def problem_line(found: FileState) -> str:
+def problem_line(found: CheckedFile) -> str:
     """Return the problem of a file, for an error."""
     return "; ".join([f"{found.path}: {_WORDS.get(found.state, found.state)}", *found.details])
 
 
-def _line(found: FileState) -> str:
+def _line(found: CheckedFile) -> str:
     by = [name for name in found.by if name != found.path.name]
     what = _WORDS.get(found.state, found.state)
     details = [*([f"by {', '.join(by)}"] if by else []), *found.details]

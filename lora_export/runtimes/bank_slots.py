@@ -19,7 +19,7 @@ import numpy as np
 from lora_export.adapter import Adapter, Array
 from lora_export.binding.bind import clear_slot, slot_blocks
 from lora_export.binding.cast import dtype_of
-from lora_export.binding.pack import Block
+from lora_export.binding.pack import Rectangle
 from lora_export.errors import AdapterError, GraphError
 from lora_export.graph.exposed import WEIGHTS_INPUT
 from lora_export.runtimes.adapter_cache import did_you_mean, unknown_adapter
@@ -242,7 +242,7 @@ class BankSlots(Generic[R]):
             )
         return number
 
-    def _write(self, blocks: Sequence[Block], slots: Mapping[str, int]) -> None:
+    def _write(self, blocks: Sequence[Rectangle], slots: Mapping[str, int]) -> None:
         host = self._tensors()
         changed: dict[str, Array] = {}
         for block in blocks:

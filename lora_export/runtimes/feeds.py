@@ -16,7 +16,7 @@ DeviceValue = Any
 Feeds = Sequence[tuple[str, Array | DeviceValue]]
 
 
-class Input(Protocol):
+class ModelInput(Protocol):
     """An input of a model of any runtime."""
 
     @property
@@ -35,7 +35,7 @@ class Input(Protocol):
 def check_feeds(
     path: Path,
     feeds: Mapping[str, Array | DeviceValue],
-    inputs: Mapping[str, Input],
+    inputs: Mapping[str, ModelInput],
     lora: Collection[str],
     type_problem: Callable[[str, object], str],
 ) -> None:
@@ -51,6 +51,10 @@ def check_feeds(
     Raises:
         BackendError: Inputs missing, unknown or of another type; all of them are listed.
     """
+    if not isinstance(feeds, Mapping):
+        raise BackendError(
+            f"the feeds of {path.name} are of type {type(feeds).__name__}", "give a dict of names and arrays"
+        )
     problems = []
     for name, value in feeds.items():
         if name == WEIGHTS_INPUT and name in inputs:
@@ -82,4 +86,6 @@ def choose_outputs(path: Path, known: Sequence[str], names: Sequence[str] | None
         raise BackendError(
             f"{path.name} has no output {', '.join(map(repr, unknown))}", f"it has: {', '.join(known)}"
         )
+    if len(set(names)) < len(names):
+        raise BackendError(f"outputs of {path.name} are asked for twice", "name each output once")
     return names

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from lora_export.adapter import Array
 from lora_export.binding.base_weights import WeightOf
 from lora_export.graph.exposed import LoraRecord
-from lora_export.runtimes.feeds import DeviceValue, Feeds, Input
+from lora_export.runtimes.feeds import DeviceValue, Feeds, ModelInput
 
 # LoRA tensors on the device, ready for a run, in the runtime's own type.
 R = TypeVar("R")
@@ -27,7 +27,7 @@ class Model(Protocol[R]):
         """The model's LoRA record."""
 
     @property
-    def lora(self) -> Mapping[str, Input]:
+    def lora(self) -> Mapping[str, ModelInput]:
         """LoRA's inputs by name."""
 
     @property

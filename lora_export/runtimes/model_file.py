@@ -1,193 +1,55 @@
-"""Read what a benchmark needs to know about a model before it is opened: inputs, limits, LoRA, identity."""
+"""Read what an ONNX file or an engine says of itself, without running it or loading its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
 
 from lora_export.engines.record import EngineRecord, is_engine, read_engine
-from lora_export.errors import GraphError
 from lora_export.graph.captured import Captured
 from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, LoraRecord, lora_record_of
 from lora_export.graph.onnx_file import GraphFile, load_graph
-from lora_export.graph.told_sizes import told_sizes
-from lora_export.storage.hashes import sha256_of
-from lora_export.storage.inputs import FileState, same_inputs
-
-Kind = Literal["graph", "engine"]
-
-
-@dataclass(frozen=True)
-class Input:
-    """An input that a request feeds.
-
-    Attributes:
-        name: Name of the input.
-        dtype: Name of the type in numpy and ml_dtypes.
-        dims: Size, symbol, or None if unknown, for each axis.
-    """
-
-    name: str
-    dtype: str
-    dims: tuple[int | str | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchModel:
-    """A model in a benchmark.
+class ModelFile:
+    """An ONNX file or an engine by its own metadata or record.
 
     Attributes:
-        path: The model's file.
-        label: Name in the report: the file's name, with as much of its folder as tells it from others.
-        kind: ``graph`` for ONNX Runtime, or ``engine`` for TensorRT.
-        inputs: Inputs that a request has to feed, without LoRA's inputs.
-        exposed: The LoRA record; None for a base or merged model.
-        largest: Name of a dimension → the largest size that the model has positions for.
-        vocab_size: Number of token ids, or None if unknown.
-        files: The files that hold it.
-        states: States of the files when they were read.
+        path: Path of the file.
+        content: The graph, or the engine's record.
+        lora_record: The LoRA record; None for a base or merged model.
+        captured: Metadata on the model that was captured; None if we did not capture it.
     """
 
     path: Path
-    label: str
-    kind: Kind
-    inputs: tuple[Input, ...]
-    exposed: LoraRecord | None = None
-    largest: Mapping[str, int] = field(default_factory=dict)
-    vocab_size: int | None = None
-    files: tuple[Path, ...] = ()
-    states: tuple[FileState, ...] = ()
+    content: GraphFile | EngineRecord
+    lora_record: LoraRecord | None
+    captured: Captured | None
 
-    @property
-    def mode(self) -> str:
-        """``swap`` or ``bank``; "" for a model without exposed LoRA."""
-        return self.exposed.mode if self.exposed else ""
+    @classmethod
+    def read(cls, path: Path) -> ModelFile:
+        """Read a file: an engine by its first bytes or its ending, else a graph.
 
-    @property
-    def takes_files(self) -> bool:
-        """True if adapters can be loaded into it, which a bank of constants doesn't allow."""
-        exposed = self.exposed
-        return exposed is not None and (exposed.mode == "swap" or exposed.resident == "inputs")
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Names of a bank's slots that hold an adapter."""
-        return tuple(slot.name for slot in self.exposed.slots if slot.adapter) if self.exposed else ()
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of its files."""
-        return sum(file.stat().st_size for file in self.files)
-
-    def sha256(self) -> dict[str, str]:
-        """Return the SHA-256 of each file, by name; all of each file is read."""
-        return {file.name: sha256_of(file) for file in self.files}
-
-
-def read_model(path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> BenchModel:
-    """Read a model file's description of itself, without loading its weights.
-
-    Args:
-        path: The file.
-        shapes: Sizes that a graph leaves open, by the user, see `graph.told_sizes`.
-
-    Raises:
-        GraphError: The file is not an ONNX file, is damaged, or has inputs that are not tensors.
-        BackendError: The file is not an engine, or has no record.
-        InputChangedError: The file changed while it was read.
-    """
-    with same_inputs(at_end=True) as inputs:
+        Raises:
+            BackendError: The engine or its record is missing or damaged, or they don't belong together.
+            GraphError: The file is missing, damaged or not an ONNX file, or its LoRA record is damaged.
+        """
         if is_engine(path):
-            found = _of_engine(path, read_engine(path))
-        else:
-            found = _with_told(_of_graph(path, load_graph(path)), shapes or {})
-        return replace(found, states=tuple(inputs.states.values()))
-
-
-def _with_told(model: BenchModel, shapes: Mapping[str, tuple[int, ...]]) -> BenchModel:
-    """Return a graph with the sizes that are told of it.
-
-    Raises:
-        BackendError: They don't fit the graph, or the config beside it is needed and damaged.
-    """
-    ports = [(port.name, port.dims) for port in model.inputs]
-    told = told_sizes(model.path, ports, shapes)
-    told.refuse_unknown(ports)
-    inputs = tuple(replace(port, dims=told.dims(port.name, port.dims)) for port in model.inputs)
-    return replace(model, inputs=inputs, vocab_size=model.vocab_size or told.vocab_size)
-
-
-def label_models(models: Sequence[BenchModel]) -> list[BenchModel]:
-    """Return the models with distinct labels: equal file names get parts of their folders, or a number."""
-    labels = [model.path.name for model in models]
-    resolved = [model.path.resolve().parts for model in models]
-    for depth in range(2, max(map(len, resolved), default=0) + 1):
-        if len(set(labels)) == len(set(resolved)):
-            break
-        labels = [
-            "/".join(parts[-depth:]) if labels.count(label) > 1 else label
-            for label, parts in zip(labels, resolved, strict=True)
-        ]
-    seen: dict[str, int] = {}
-    for number, label in enumerate(labels):
-        seen[label] = seen.get(label, 0) + 1
-        labels[number] = label if seen[label] == 1 else f"{label} #{seen[label]}"
-    return [replace(model, label=label) for model, label in zip(models, labels, strict=True)]
-
-
-def _of_graph(path: Path, graph: GraphFile) -> BenchModel:
-    metadata = graph.model.metadata_props
-    exposed = lora_record_of(metadata, str(path)) if KEY in metadata else None
-    lora = {*exposed.input_names(), WEIGHTS_INPUT} if exposed else set()
-    defaults = set(graph.graph.initializers)
-    inputs, problems = [], []
-    for value in graph.graph.inputs:
-        name = str(value.name)
-        if name in lora or name in defaults:
-            continue
-        if value.dtype is None or value.shape is None:
-            problems.append(f"{name}: a tensor of unknown type or rank, or not a tensor")
-            continue
-        dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
-        inputs.append(Input(name, np.dtype(value.dtype.numpy()).name, dims))
-    if problems:
-        raise GraphError(
-            f"{path}: no feeds can be made for these inputs",
-            "export it with tensors of a known type and rank as inputs",
-            problems,
+            record = read_engine(path)
+            captured = Captured.from_metadata(record.metadata)
+            return cls(path=path, content=record, lora_record=record.exposed, captured=captured)
+        graph = load_graph(path)
+        metadata = graph.model.metadata_props
+        return cls(
+            path=path,
+            content=graph,
+            lora_record=lora_record_of(metadata, str(path)) if KEY in metadata else None,
+            captured=Captured.from_metadata(metadata),
         )
-    captured = Captured.from_metadata(metadata)
-    return BenchModel(
-        path=path,
-        label=path.name,
-        kind="graph",
-        inputs=tuple(inputs),
-        exposed=exposed,
-        largest=captured.largest if captured else {},
-        vocab_size=captured.vocab_size if captured else None,
-        files=(path, *sorted(graph.data_files())),
-    )
 
-
-def _of_engine(path: Path, record: EngineRecord) -> BenchModel:
-    exposed = record.exposed
-    lora = {*exposed.input_names(), WEIGHTS_INPUT} if exposed else set()
-    captured = Captured.from_metadata(record.metadata)
-    return BenchModel(
-        path=path,
-        label=path.name,
-        kind="engine",
-        inputs=tuple(
-            Input(port.name, port.dtype, tuple(port.dims or port.shape))
-            for port in record.inputs
-            if port.name not in lora
-        ),
-        exposed=exposed,
-        largest=captured.largest if captured else {},
-        vocab_size=captured.vocab_size if captured else None,
-        files=(path,),
-    )
+    @property
+    def lora_inputs(self) -> frozenset[str]:
+        """Names of the inputs that sessions feed: LoRA's tensors, and the rows' weights of a bank."""
+        record = self.lora_record
+        return frozenset({*record.input_names(), WEIGHTS_INPUT} if record else ())

@@ -15,7 +15,7 @@ from lora_export.graph.onnx_file import FLOAT_TYPES, take_over_output
 from lora_export.sites import operator_of
 from lora_export.sites.fit import placement_at
 from lora_export.sites.operand import ROUNDED_OR_MOVED, Operand, Use, constant_behind
-from lora_export.sites.target import Miss, Part, Site, Stack, Target, WeightOf
+from lora_export.sites.target import ConstantPart, ExpertStack, Miss, Site, Target, WeightOf
 
 _ADDED = "added: the exporter dropped a bias of zeros"
 
@@ -37,7 +37,7 @@ def restore_biases(
         is_bias = target.kind == "vector" and target.key.endswith(".bias")
         lost = is_bias and miss.kind in ("not found", "nameless")
         stored = weight_of(target) if lost and weight_of else None
-        assert not isinstance(stored, Stack)
+        assert not isinstance(stored, ExpertStack)
         again = _restored(weight, target) if lost and weight is not None else None
         if again is not None:
             added.append(again)
@@ -69,7 +69,7 @@ def _restored(weight: Site, target: Target) -> Site | None:
                     )
     if not uses:
         return None
-    part = Part(uses[0].root, tuple(uses), (placement_at(0, (0, target.shape[0]), False),))
+    part = ConstantPart(uses[0].root, tuple(uses), (placement_at(0, (0, target.shape[0]), False),))
     return Site(target=target, parts=(part,), evidence=_ADDED, proof="added")
 
 
@@ -87,7 +87,7 @@ def _can_add(weight: Site, target: Target) -> bool:
     return whole and all(_is_bare(use.node) for use in part.uses) and _rows(part) == target.shape[0]
 
 
-def _rows(part: Part) -> int:
+def _rows(part: ConstantPart) -> int:
     tensor = part.root.const_value
     assert tensor is not None
     return int(tensor.shape.numpy()[1 if part.placements[0].transposed else 0])
@@ -138,7 +138,7 @@ def _add(weight: Site, target: Target) -> Site:
     rows = (0, target.shape[0])
     return Site(
         target=target,
-        parts=(Part(bias, uses, (placement_at(0, rows, False),)),),
+        parts=(ConstantPart(bias, uses, (placement_at(0, rows, False),)),),
         evidence=_ADDED,
         proof="added",
     )

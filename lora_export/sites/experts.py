@@ -25,7 +25,7 @@ UNKNOWN = (
 
 
 @dataclass(frozen=True)
-class Held:
+class ExpertLayout:
     """Layout of a parameter in the module's memory.
 
     Attributes:
@@ -39,7 +39,9 @@ class Held:
     kind: Kind | None = None
 
 
-def settle(adapter: Adapter, held: Callable[[str], Held | None]) -> tuple[Adapter, tuple[str, ...]]:
+def settle_layout(
+    adapter: Adapter, held: Callable[[str], ExpertLayout | None]
+) -> tuple[Adapter, tuple[str, ...]]:
     """Return the adapter with its experts' layout as far as it is known, and notes on assumptions.
 
     Args:
@@ -74,7 +76,7 @@ def settle(adapter: Adapter, held: Callable[[str], Held | None]) -> tuple[Adapte
     return replace(adapter, modules={**adapter.modules, **changed}), tuple(notes[:1])
 
 
-def unsettled(module: LoraModule, held: Held | None) -> Refusal | None:
+def unsettled(module: LoraModule, held: ExpertLayout | None) -> Refusal | None:
     """Return the reason why a module of square experts has no site; None if it may have one."""
     rows, cols = module.weight_shape[:2]
     if module.experts == 1 or module.layout == "known" or rows != cols:
@@ -126,7 +128,7 @@ def fit_matrix(matrix: tuple[int, int], shape: tuple[int, ...], turned: bool) ->
     return Refusal("shape", f"stored with shape {shape}, the adapter fits {matrix}{way}")
 
 
-def _proof(module: LoraModule, held: Held | None) -> bool | None:
+def _proof(module: LoraModule, held: ExpertLayout | None) -> bool | None:
     """Return True if by the parameter's shape the factors are transposed; None if it doesn't tell."""
     sizes = (module.lora_b.shape[0], module.lora_a.shape[1])
     if held is None or sizes[0] == sizes[1] or len(held.shape) != 3:
@@ -139,7 +141,7 @@ def _agreed(proofs: Iterable[bool | None]) -> bool | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _by_version(module: LoraModule, held: Held | None) -> bool | None:
+def _by_version(module: LoraModule, held: ExpertLayout | None) -> bool | None:
     """Return True if the factors are transposed by the file's PEFT version and the module's class."""
     if module.layout == "known":
         return module.turned

@@ -14,7 +14,7 @@ from lora_export.graph.onnx_file import matrix_shape, shape_of, stored_matrix
 from lora_export.plan import Refusal
 from lora_export.sites import operator_named
 from lora_export.sites.operand import DEQUANTIZE, LEFT, Use
-from lora_export.sites.target import Miss, Part, Site, Target
+from lora_export.sites.target import ConstantPart, Miss, Site, Target
 from lora_export.storage.patch import Placement
 
 # Remedy that changes a weight for all of its uses.
@@ -198,7 +198,7 @@ def place_split(target: Target, groups: list[list[Use]], evidence: str) -> Site 
                 target, Refusal("shape", f"shapes differ: a part of the split weight is {(height, width)}")
             )
         placement = placement_at(0, (start, start + height), transposed)
-        parts.append(Part(uses[0].root, tuple(uses), (replace(placement, expert=expert),)))
+        parts.append(ConstantPart(uses[0].root, tuple(uses), (replace(placement, expert=expert),)))
         start += height
         if first == each - 1 and start != rows:
             return Miss(
@@ -214,7 +214,8 @@ def site_of(target: Target, fits: list[tuple[Use, tuple[Placement, ...]]], evide
     for use, placed in fits:
         roots.setdefault(id(use.root), []).append((use, placed))
     parts = tuple(
-        Part(group[0][0].root, tuple(use for use, _ in group), group[0][1]) for group in roots.values()
+        ConstantPart(group[0][0].root, tuple(use for use, _ in group), group[0][1])
+        for group in roots.values()
     )
     if any(use.transposed != group[0][0].transposed for group in roots.values() for use, _ in group):
         return Miss(
@@ -229,7 +230,7 @@ def site_of(target: Target, fits: list[tuple[Use, tuple[Placement, ...]]], evide
     return Site(target=target, parts=parts, evidence=evidence)
 
 
-def _same_values(parts: Sequence[Part]) -> bool:
+def _same_values(parts: Sequence[ConstantPart]) -> bool:
     """Return True if constants have the same bytes and, if those are codes, their uses the same scales."""
     first = parts[0].root.const_value
     assert first is not None

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from lora_export.errors import SiteError
 from lora_export.graph.onnx_file import initializer_of
 from lora_export.sites.operand import DEQUANTIZE, PASSED, QUANTIZE, SHAPE_ONLY, Use
-from lora_export.sites.target import Part
+from lora_export.sites.target import ConstantPart
 
 
 class Isolator:
@@ -26,7 +26,7 @@ class Isolator:
         self._roots: dict[int, tuple[ir.Value, ir.Value]] = {}
         self.notes: list[str] = []
 
-    def constant_for(self, part: Part, path: str, parameter: str) -> ir.Value:
+    def constant_for(self, part: ConstantPart, path: str, parameter: str) -> ir.Value:
         """Return an initializer that only the part's uses read; its values are those of ``part.root``.
 
         Args:
@@ -54,7 +54,7 @@ class Isolator:
         self._owners[key] = root
         return root
 
-    def _claim(self, mine: frozenset[tuple[int, int]], part: Part, path: str) -> None:
+    def _claim(self, mine: frozenset[tuple[int, int]], part: ConstantPart, path: str) -> None:
         if any(self._owned.get(use, mine) != mine for use in mine):
             raise SiteError(
                 f"{path}: some, but not all, of the nodes that read {part.root.name!r} belong to "

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from lora_export.adapter import Adapter, Kind, LoraModule
 from lora_export.formats.reading.embedding_names import may_be_embedding
 from lora_export.plan import Refusal
-from lora_export.sites.experts import Held
+from lora_export.sites.experts import ExpertLayout
 
 if TYPE_CHECKING:
     from lora_export.sites.target import Target
@@ -62,7 +62,7 @@ def as_seen(module: LoraModule, kind: Kind) -> LoraModule | Refusal:
 
 
 def settle_kinds(
-    adapter: Adapter, held: Callable[[str], Held | None], stored: Stored | None = None
+    adapter: Adapter, held: Callable[[str], ExpertLayout | None], stored: Stored | None = None
 ) -> tuple[Adapter, tuple[str, ...]]:
     """Return an adapter with the kinds that its base's modules have, as far as they are known, and notes.
 
@@ -85,7 +85,7 @@ def settle_kinds(
     return settled, tuple(note for note in notes if note)
 
 
-def unsettled_kind(module: LoraModule, held: Callable[[str], Held | None]) -> Refusal | None:
+def unsettled_kind(module: LoraModule, held: Callable[[str], ExpertLayout | None]) -> Refusal | None:
     """Return the reason why a square matrix of a module that is not settled has no site, or None (rule 4)."""
     rows, cols = module.matrix_shape
     if module.kind_by == "file" or module.kind not in _KINDS or rows != cols:
@@ -99,7 +99,7 @@ def unsettled_kind(module: LoraModule, held: Callable[[str], Held | None]) -> Re
     return Refusal("kind", _UNKNOWN.format(shape=(rows, cols)), AS_PEFT)
 
 
-def forms_of(target: Target) -> list[tuple[Target, Refusal | None]]:
+def forms_by_kind(target: Target) -> list[tuple[Target, Refusal | None]]:
     """Return a graph's target as each kind that it may be, with the reason why it can't be merged as such."""
     module = target.module
     if module is None or target.action != "merge" or as_seen(module, "linear") is module:
@@ -113,7 +113,9 @@ def forms_of(target: Target) -> list[tuple[Target, Refusal | None]]:
     return forms
 
 
-def _kind_of(module: LoraModule, held: Callable[[str], Held | None], stored: Stored | None) -> Kind | None:
+def _kind_of(
+    module: LoraModule, held: Callable[[str], ExpertLayout | None], stored: Stored | None
+) -> Kind | None:
     """Apply rules 1 to 3, the ones that need no model first."""
     path = f"{module.path}.{module.parameter}"
     linear = (module.lora_b.shape[0], *module.lora_a.shape[1:])

@@ -41,7 +41,7 @@ from lora_export.sites.doubts.packed import other_order
 from lora_export.sites.doubts.unused import is_read, is_read_with_bias, reach_of, unused, unused_sites
 from lora_export.sites.naming import names
 from lora_export.sites.naming.choice import is_below
-from lora_export.sites.naming.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
+from lora_export.sites.naming.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect_evidence
 from lora_export.sites.naming.known_names import KnownNames
 from lora_export.sites.naming.likeness import matrix_of
 from lora_export.sites.naming.names import Named
@@ -50,7 +50,16 @@ from lora_export.sites.naming.towers import Kinds
 from lora_export.sites.operand import WEIGHTS, Use
 from lora_export.sites.proof import proven
 from lora_export.sites.search import ValueSearch
-from lora_export.sites.target import BaseWeights, Miss, Part, Site, Stack, Target, Wanted, WeightOf
+from lora_export.sites.target import (
+    BaseWeights,
+    ConstantPart,
+    ExpertStack,
+    Miss,
+    Site,
+    Target,
+    Wanted,
+    WeightOf,
+)
 from lora_export.sites.uses import find_uses, in_bodies
 from lora_export.storage.patch import Placement
 
@@ -89,8 +98,8 @@ class Resolver:
         uses = find_uses(graph)
         self._reach = reach_of(graph, uses)
         self.uses = [use for use in uses if is_read_with_bias(self._reach, use)]
-        self._named = collect(uses)
-        self._evidence = self._named if len(self.uses) == len(uses) else collect(self.uses)
+        self._named = collect_evidence(uses)
+        self._evidence = self._named if len(self.uses) == len(uses) else collect_evidence(self.uses)
         keys = (key for table in self._named.values() for key in table)
         self._known = KnownNames(keys, self._shape, self._kinds)
         self._constants = list(graph.initializers())
@@ -218,7 +227,7 @@ class Resolver:
         lost = Miss(target, Refusal(problem.kind, str(problem) if problem.detail else ""))
         if matrices.is_matrix(target):
             held = self._weight(target)
-            assert not isinstance(held, Stack)
+            assert not isinstance(held, ExpertStack)
             return matrices.find_matrix(target, held, partial(self._one_form, search, name, lost))
         if name is None:
             return lost
@@ -231,8 +240,8 @@ class Resolver:
     def _of_its_kind(self, target: Target, name: str) -> Site | Miss:
         """Look for a target by name; where its file doesn't say its kind, the operators decide."""
         wanted = self._weight(target)
-        (first, _), *more = forms = kinds.forms_of(target)
-        if isinstance(wanted, Stack) or not more:
+        (first, _), *more = forms = kinds.forms_by_kind(target)
+        if isinstance(wanted, ExpertStack) or not more:
             return self._by_name(first, name, wanted)
         sites: list[tuple[int, Site | Miss]] = []
         misses: list[Miss] = []
@@ -343,7 +352,7 @@ class Resolver:
             fitting = [use for use in fitting if not readers.reads_another(use, path, leaf)]
         if source != NODE_NAME:
             return fitting
-        return [use for use in fitting if not self._is_module(target, path, readers.module_of(use.node))]
+        return [use for use in fitting if not self._is_module(target, path, readers.module_by_name(use.node))]
 
     def _is_module(self, target: Target, path: str, other: str | None) -> bool:
         """Return True if ``sh_1``, taken for the second call of ``sh``, is known to be a module."""
@@ -398,7 +407,7 @@ class Resolver:
     def _refusal(self, use: Use) -> str:
         return use.no_branch if self._branches else use.refusal
 
-    def _hint_of(self, parts: Sequence[Part]) -> str:
+    def _hint_of(self, parts: Sequence[ConstantPart]) -> str:
         """Return the hint for constants whose readers can't be told apart because some are in a body."""
         roots = {id(part.root) for part in parts}
         # A body's own input hides the way of a weight, so that all of its readers count.

@@ -12,7 +12,7 @@ from lora_export.plan import Refusal
 from lora_export.sites import fit, matrices
 from lora_export.sites.doubts import readers
 from lora_export.sites.operand import Use
-from lora_export.sites.target import Miss, Part, Site, Stack, Target, Wanted, WeightOf
+from lora_export.sites.target import ConstantPart, ExpertStack, Miss, Site, Target, Wanted, WeightOf
 from lora_export.sites.values.fingerprints import Places, find_places
 from lora_export.sites.values.verify import orientations, search, tile
 
@@ -35,7 +35,7 @@ class ValueSearch:
         weight_of: WeightOf | None,
         names: Collection[str],
         *,
-        hint_of: Callable[[Sequence[Part]], str],
+        hint_of: Callable[[Sequence[ConstantPart]], str],
     ) -> None:
         self._hint_of = hint_of
         self._uses, self._searched, self._weight_of, self._names = uses, searched, weight_of, names
@@ -59,7 +59,7 @@ class ValueSearch:
     def find(self, miss: Miss, wanted: Wanted, places: Places | None = None) -> Site | Miss:
         """Return the site with a target's values, among possible places (None: anywhere), or a miss."""
         target = miss.target
-        hits: dict[int, list[Part]] = {}
+        hits: dict[int, list[ConstantPart]] = {}
         roots = None if places is None else {root for root, _ in places}
         for use in self._searched:
             if roots is not None and id(use.root) not in roots:
@@ -83,7 +83,7 @@ class ValueSearch:
         if parts and target.for_all_ends and self._weight_of and self._weight_of.is_tied(target):
             # Any end of the tie without its own copy will do: `tied_ends` gives the change to the others.
             for part in parts:
-                named = ((use, f"{readers.module_of(use.node)}.weight") for use in part.uses)
+                named = ((use, f"{readers.module_by_name(use.node)}.weight") for use in part.uses)
                 own = [use for use, name in named if name not in self._names]
                 if own and tile(target, [part]):
                     end = replace(part, uses=tuple(own[:1]))
@@ -113,8 +113,8 @@ class ValueSearch:
 
     def _matrices(self, target: Target) -> list[Array]:
         values = self._values(target)
-        return [] if values is None or isinstance(values, Stack) else orientations(target, values)
+        return [] if values is None or isinstance(values, ExpertStack) else orientations(target, values)
 
 
-def _first_row(part: Part) -> tuple[int, int]:
+def _first_row(part: ConstantPart) -> tuple[int, int]:
     return part.placements[0].rows

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
 from lora_export.errors import AdapterError
-from lora_export.formats.reading.whole_copies import reach_of
+from lora_export.formats.reading.whole_copies import copy_reach
 from lora_export.plan import Proof, Refusal, RefusalKind
 from lora_export.sites.naming.names import Named
 from lora_export.sites.naming.towers import Kinds
@@ -72,7 +72,7 @@ class Target:
 
 
 @dataclass(frozen=True, eq=False)
-class Stack:
+class ExpertStack:
     """Matrices of stacked experts in the checkpoint, one at a time: all at once may be gigabytes.
 
     Attributes:
@@ -83,7 +83,7 @@ class Stack:
 
 
 # A target's values in the checkpoint.
-Wanted = Array | Stack
+Wanted = Array | ExpertStack
 
 
 class WeightOf(Protocol):
@@ -193,7 +193,7 @@ def targets_of(adapter: Adapter) -> list[Target]:
             action="replace",
             tensor_names=(adapter.extra_tensors.get(key, key),),
             values=values,
-            for_all_ends=reach_of(adapter, key) == "all",
+            for_all_ends=copy_reach(adapter, key) == "all",
         )
         for key, values in adapter.extras.items()
     ]
@@ -232,7 +232,7 @@ def _canonical_shape(module: LoraModule) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ConstantPart:
     """Constant that holds a target or a part of it, with the target's uses and placements."""
 
     root: ir.Value
@@ -254,7 +254,7 @@ class Site:
     """
 
     target: Target
-    parts: tuple[Part, ...]
+    parts: tuple[ConstantPart, ...]
     evidence: str
     proof: Proof = "names"
     keys: tuple[str, ...] = ()

@@ -325,7 +325,7 @@ def read_into(handle: int, path: Path, view: memoryview, offset: int) -> None:
     Args:
         handle: The open file.
         path: Its path, for messages.
-        view: What is filled.
+        view: Memory that is filled.
         offset: Of the first byte in the file.
 
     Raises:

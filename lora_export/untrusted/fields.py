@@ -3,7 +3,7 @@
 ``Record(**data)`` checks only the names: a string for a number fails, if at all, far from the wrong file.
 Known annotations are those of our records: dataclasses, ``tuple``, ``list``, ``Mapping``, ``Literal``,
 unions, plain types, ``Any``; `Count` and `Size` for numbers with a lower bound, `Number` for one that may be
-NaN or infinite; `Matches` for texts, `Keys` for mappings. All problems are reported at once.
+NaN or infinite; `WholeMatch` for texts, `Keys` for mappings. All problems are reported at once.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Axes:
 
 
 @dataclass(frozen=True)
-class Matches:
+class WholeMatch:
     """The pattern that the whole of a text matches, and what to call that, in an annotation."""
 
     pattern: str
@@ -216,7 +216,7 @@ class _Checker:
                 self._complain(where, data, f"{bound.value} or more")
             if isinstance(bound, Axes) and not bound.least <= len(made) <= bound.most:
                 self._complain(where, data, f"{bound.least} to {bound.most} entries")
-            if isinstance(bound, Matches) and not re.fullmatch(bound.pattern, made, re.DOTALL):
+            if isinstance(bound, WholeMatch) and not re.fullmatch(bound.pattern, made, re.DOTALL):
                 self._complain(where, data, bound.said)
         return made
 

@@ -56,10 +56,13 @@ def _not_utf8(proto: onnx.ModelProto) -> Iterator[str]:
     while left:
         message = left.pop()
         for field, value in _fields(message):
-            if field.type == field.TYPE_MESSAGE:
+            if isinstance(value, str):
+                continue  # as most are: descriptors are slow to ask
+            kind = field.type
+            if kind == field.TYPE_MESSAGE:
                 left.extend([value] if hasattr(value, "ListFields") else value)
-            elif field.type == field.TYPE_STRING:
-                texts = [value] if isinstance(value, str | bytes) else value
+            elif kind == field.TYPE_STRING:
+                texts = [value] if isinstance(value, bytes) else value
                 where = field.full_name.removeprefix("onnx.")
                 yield from (
                     f"{where}: {text[:_NAME]!r} is not UTF-8" for text in texts if isinstance(text, bytes)

@@ -108,6 +108,9 @@ def test_a_folder_that_says_nothing_is_a_note(mode, tmp_path):
         assert note.startswith("values were not compared")
         assert said in note
         assert str(folder) in note
+        # The user typed no such path.
+        assert "names" in note
+        assert "as its base" in note
 
 
 @MODES

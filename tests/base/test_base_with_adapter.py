@@ -16,7 +16,7 @@ from lora_export import AdapterSession, bank_onnx, capture_onnx, convert_adapter
 from lora_export.base.history.in_graph import merged_parts
 from lora_export.cli import _run
 from lora_export.errors import AdapterError, GraphError
-from lora_export.formats.reading.scope import share
+from lora_export.formats.reading.scope import overlap
 
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 3}
@@ -301,9 +301,9 @@ def test_another_adapter_onto_a_merged_graph_is_not_compared_with_the_base_it_na
 
 @pytest.mark.parametrize("part", ["None:encoder", ":encoder"])
 def test_earlier_manifests_write_none_before_a_part(part):
-    assert share(part, ":encoder.layers", flattened=False)
-    assert not share(part, ":decoder", flattened=False)
-    assert share("unet", "unet:encoder", flattened=False)
+    assert overlap(part, ":encoder.layers", flattened=False)
+    assert not overlap(part, ":decoder", flattened=False)
+    assert overlap("unet", "unet:encoder", flattened=False)
     assert merged_parts(f"a sha256=1 weight=1.0 part={part}", "1") == [":encoder"]
 
 

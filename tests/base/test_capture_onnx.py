@@ -77,6 +77,25 @@ def test_weights_that_the_checkpoint_lacks_are_not_made_up(tmp_path, folder):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_weights_of_other_shapes_are_named(tmp_path, folder):
+    """The error of transformers says "look at the above report", which nobody sees."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"max_position_embeddings": config["max_position_embeddings"] + 1}))
+    with pytest.raises(CheckpointError, match=r"1 weights of .* have other shapes") as caught:
+        capture_onnx(folder, tmp_path / "m.onnx")
+    (problem,) = caught.value.problems
+    rows, width = config["max_position_embeddings"], config["hidden_size"]
+    assert problem.endswith(f"position_embeddings.weight: [{rows}, {width}], wanted [{rows + 1}, {width}]")
+
+
+def test_a_reason_behind_a_colon_is_said(tmp_path, folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": "x"}))
+    with pytest.raises(CheckpointError, match=r"for field 'hidden_size': TypeError: .*got str"):
+        capture_onnx(folder, tmp_path / "m.onnx")
+
+
 def test_a_head_that_the_adapter_brings_may_be_missing(tmp_path, folder):
     """The usual base of a classifier has none: the adapter's `modules_to_save` is all of it."""
     adapter = tiny.adapter("bert", "modules_to_save")

@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from lora_export.base.placing.hints import BY_VALUE, Into, Situation, Verb, hints_of
+from lora_export.base.planning.hints import BY_VALUE, Into, Situation, Verb, hints_of
 from lora_export.errors import SiteError
 from lora_export.plan import RefusalKind, refuse
 

@@ -150,3 +150,30 @@ def test_what_else_transformers_reads_of_a_folder(name, text, says, tmp_path):
     assert (says or "writing the graph") in said
     assert peak < peaks.allowed(tmp_path / "base")
     assert seconds < 20
+
+
+TABLES = {
+    "marian": ("MarianConfig", {"d_model": 256}, "MarianMTModel"),
+    "distilbert": ("DistilBertConfig", {"dim": 256, "sinusoidal_pos_embds": True}, "DistilBertModel"),
+    "xlm": ("XLMConfig", {"emb_dim": 256, "sinusoidal_embeddings": True}, "XLMModel"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_of_positions_is_not_made_for_a_few_weights(name, tmp_path):
+    """Its values are numbers of Python: 60 bytes each, which no count of tensors sees."""
+    config_name, sizes, kind = TABLES[name]
+    config = getattr(transformers, config_name)(**sizes)
+    config.architectures = [kind]
+    config.max_position_embeddings = 20_000
+    config.save_pretrained(tmp_path)
+    save_file({"weight": torch.zeros(16, 16)}, tmp_path / "model.safetensors")
+    for build in (lambda: load_model(tmp_path, "float32"), lambda: build_model(Checkpoint.open(tmp_path))):
+        with pytest.raises(CheckpointError, match="a table of 20000 positions of 256 values"):
+            build()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_published_tables_are_made(name):
+    config_name, _, _ = TABLES[name]
+    refuse_large_numbers(Path(), getattr(transformers, config_name)())

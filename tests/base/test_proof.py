@@ -6,15 +6,17 @@ import json
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 import transformers
 from click.testing import CliRunner
 
-from lora_export import GraphError, capture_onnx
+from lora_export import GraphError, OutputError, capture_onnx
 from lora_export.base.capture import capture, prove, twin
 from lora_export.base.capture.outline import build_outline, find_stacks
 from lora_export.cli import root
+from lora_export.graph.onnx_file import load_graph
 from lora_export.graph.proof import PROOF_KEY, Proof
 
 pytestmark = pytest.mark.proven
@@ -164,6 +166,8 @@ def test_the_verb(folder, large, tmp_path):
     result = CliRunner().invoke(root, [*arguments, "--force", "--no-twin"])
     assert result.exit_code == 0, result.output
     assert "not compared with PyTorch: it was not asked for" in result.output
+    result = CliRunner().invoke(root, ["inspect", str(tmp_path / "m.onnx")])
+    assert "proof     not compared with PyTorch" in result.output
     assert proof_of(tmp_path / "m.onnx") == {"of": "nothing", "reason": "it was not asked for"}
 
 
@@ -171,6 +175,87 @@ def test_a_damaged_record():
     with pytest.raises(GraphError, match="proof"):
         Proof.from_metadata({PROOF_KEY: '{"of": "everything"}'})
     assert Proof.from_metadata({}) is None
+
+
+def test_a_second_folder_of_the_config_is_not_traced(folder, large, monkeypatch, tmp_path):
+    """From the cache its graph has its own weights, and is the one that a trace gives."""
+    monkeypatch.setenv("LORA_EXPORT_CACHE", str(tmp_path / "cache"))
+    capture_onnx(folder, tmp_path / "first.onnx", kv_cache=True)
+    config = transformers.LlamaConfig.from_pretrained(folder)
+    torch.manual_seed(5)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    capture_onnx(tmp_path / "other", tmp_path / "traced.onnx", kv_cache=True, trace="loaded", twin=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "look_at", None)
+        patch.setattr(capture, "graph_without_weights", None)
+        graph, _ = capture_onnx(tmp_path / "other", tmp_path / "second.onnx", kv_cache=True)
+    assert proof_of(graph) == proof_of(tmp_path / "first.onnx")
+    ids = np.arange(10).reshape(2, 5)
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.tile(np.arange(5), (2, 1)),
+    }
+    answers = []
+    for path in (graph, tmp_path / "traced.onnx"):
+        session = onnxruntime.InferenceSession(path)
+        past = {port.name: port.shape for port in session.get_inputs() if port.name not in feeds}
+        empty = {name: np.zeros((2, shape[1], 0, shape[3]), np.float32) for name, shape in past.items()}
+        answers.append(session.run(["logits"], feeds | empty)[0])
+    np.testing.assert_allclose(*answers, atol=1e-6)
+    # What has another config, other sizes or other options is traced.
+    monkeypatch.setattr(capture, "look_at", None)
+    with pytest.raises(TypeError):
+        capture_onnx(tmp_path / "other", tmp_path / "third.onnx", kv_cache=False)
+
+
+@pytest.mark.parametrize("place", [100, -100])
+def test_a_damaged_entry_is_not_used(place, folder, large, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_EXPORT_CACHE", str(tmp_path / "cache"))
+    capture_onnx(folder, tmp_path / "first.onnx")
+    (entry,) = (tmp_path / "cache" / "captures").glob("*.onnx")
+    content = bytearray(entry.read_bytes())
+    content[place] ^= 1
+    entry.write_bytes(content)
+    capture_onnx(folder, tmp_path / "second.onnx")
+    assert entry.read_bytes() != content
+    for name in ("onnx", "onnx.data"):
+        assert (tmp_path / f"first.{name}").read_bytes() == (tmp_path / f"second.{name}").read_bytes()
+
+
+def test_weights_that_stay_in_the_folder(folder, monkeypatch, tmp_path):
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "base")
+    graph, data = capture_onnx(tmp_path / "base", tmp_path / "base" / "m.onnx", share_base=True)
+    assert not data.exists()
+    assert proof_of(graph)["of"] == "twin"
+    ids = torch.arange(10).reshape(2, 5)
+    feeds = {"input_ids": ids.numpy(), "attention_mask": np.ones((2, 5), np.int64)}
+    got = onnxruntime.InferenceSession(graph).run(["logits"], feeds)[0]
+    with torch.no_grad():
+        wanted = model(ids).logits.numpy()
+    np.testing.assert_allclose(got, wanted, atol=2e-6 * np.abs(wanted).max())
+    # Another model's weights in the same place are refused.
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(GraphError, match="weights beside it have changed"):
+        load_graph(graph)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"dtype": "float16"}, "no weight can stay"),
+        ({"trace": "loaded"}, "do not stay in the checkpoint's files"),
+        ({}, "can't be shared from"),
+    ],
+)
+def test_weights_that_can_not_stay_there(options, text, folder, tmp_path):
+    where = tmp_path if not options else folder
+    with pytest.raises(OutputError, match=text):
+        capture_onnx(folder, where / "m.onnx", share_base=True, **options)
+    assert not (where / "m.onnx").exists()
 
 
 # Class, config, and what of it the twin has to keep.

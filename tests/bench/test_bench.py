@@ -21,7 +21,7 @@ from lora_export import (
     save_adapter,
 )
 from lora_export.bench import load_probe
-from lora_export.bench.result import Row, Table
+from lora_export.bench.result import Row, WorkloadTable
 from lora_export.bench.statistics import Latency
 from lora_export.bench.workloads import Workload
 from lora_export.reports.bench.to_text import report_lines
@@ -157,8 +157,8 @@ def test_a_bank_mixes_its_own_slots_and_takes_new_ones(tmp_path, capsys):
 
 def test_a_row_of_a_bank_has_its_adapter():
     from lora_export.bench.contenders import Contender
+    from lora_export.bench.model import BenchModel
     from lora_export.graph.exposed import LoraRecord, Slot
-    from lora_export.runtimes.model_file import BenchModel
 
     record = LoraRecord(
         mode="bank",
@@ -283,8 +283,8 @@ def test_runs_in_a_block_are_said_for_each_contender_in_the_page():
         )
         for count in (7, 1, 3)
     ]
-    assert Table(Workload("run", 1, 0), 4, "time", tuple(rows)).runs_per_block == "1 to 7"
-    assert Table(Workload("run", 1, 0), 4, "time", tuple(rows[:1])).runs_per_block == "7"
+    assert WorkloadTable(Workload("run", 1, 0), 4, "time", tuple(rows)).runs_per_block == "1 to 7"
+    assert WorkloadTable(Workload("run", 1, 0), 4, "time", tuple(rows[:1])).runs_per_block == "7"
 
 
 def test_a_process_that_dies_is_a_note(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from lora_export.bench.model import BenchInput, BenchModel, label_models
 from lora_export.bench.workloads import (
     Workload,
     choose_sizes,
@@ -15,7 +16,6 @@ from lora_export.bench.workloads import (
     plan_workloads,
     shape_problems,
 )
-from lora_export.runtimes.model_file import BenchModel, Input, label_models
 
 
 def model(*inputs, **more):
@@ -23,7 +23,7 @@ def model(*inputs, **more):
         path=Path("m.onnx"),
         label="m.onnx",
         kind="graph",
-        inputs=tuple(Input(*entry) for entry in inputs),
+        inputs=tuple(BenchInput(*entry) for entry in inputs),
         **more,
     )
 

@@ -8,9 +8,12 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import output_cases
 import pytest
+import session_graphs
 import tiny
+from safetensors.numpy import save_file
 
 from lora_export import LoraExportError, SiteError, merge_checkpoint
 from lora_export.cli import _run, root
@@ -80,6 +83,22 @@ def test_the_next_command_can_be_run(verb, tmp_path, monkeypatch, capsys):
         return
     quick = ["--seconds", "0.2", "--narrow", "1e-9"] if words[0] == "bench" else []
     assert run(*words, *quick) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resident", ["initializers", "inputs"])
+def test_what_comes_next_asks_bench_for_no_option_that_it_lacks(resident, tmp_path, monkeypatch, capsys):
+    """The file does not state its alpha, which only the bank's own command was told."""
+    monkeypatch.chdir(tmp_path)
+    session_graphs.base(tmp_path)
+    rng = np.random.default_rng(0)
+    factors = {"p.A.weight": (2, 4), "p.B.weight": (5, 2)}
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in factors.items()}
+    save_file(tensors, tmp_path / "plain.safetensors")
+    options = ["--alpha", 8, "--resident", resident, "-o", "bank.onnx"]
+    assert run("bank-onnx", "--base", "base.onnx", "--adapter", "a=plain.safetensors", *options) == 0
+    words = next_of(capsys.readouterr())
+    assert words[0] == "bench"
+    assert run(*words, "--seconds", "0.1", "--narrow", "1e-9") == 0, capsys.readouterr().err
 
 
 def test_parity_comes_next_where_the_checkpoint_is_known(tmp_path, monkeypatch, capsys):

@@ -130,7 +130,7 @@ def test_no_hint_hangs_on_the_words_of_a_reason():
     placing = [
         "binding/*",
         "base/*",
-        "base/placing/*",
+        "base/planning/*",
         "base/checkpoint/*",
         "sites/*",
         "sites/*/*",

@@ -34,7 +34,7 @@ from lora_export.errors import BackendError, CheckpointError, LoraExportError
 from lora_export.formats.given import named_adapters
 from lora_export.machines.targets import find_target
 from lora_export.parity.check import check_parity
-from lora_export.reports.parity.baseline import compare
+from lora_export.reports.parity.baseline import compare_reports
 
 PACKAGE = Path(lora_export.__file__).parent
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
@@ -467,7 +467,7 @@ def test_what_python_is_told_are_words_of_python():
         named_adapters([one, one])
     assert "NAME=PATH" not in caught.value.hint
     with pytest.raises(LoraExportError) as caught:
-        compare(parity_reports.good(), parity_reports.good(), factor=0.5)
+        compare_reports(parity_reports.good(), parity_reports.good(), factor=0.5)
     assert "factor=" in caught.value.hint
     assert "--" not in caught.value.hint
 

@@ -15,7 +15,7 @@ from lora_export.engines.run_builder import run_worker
 from lora_export.engines.source import serialize
 from lora_export.errors import BackendError, GraphError, InputChangedError
 from lora_export.graph.onnx_file import load_graph
-from lora_export.machines.targets import targets_of
+from lora_export.machines.targets import gpus_of
 from lora_export.storage.hashes import sha256_of
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
@@ -130,7 +130,7 @@ def test_a_name_is_no_folder(name, tmp_path):
 
 
 def test_an_engine_of_many_gpus_is_called_by_their_compute_capabilities(tmp_path):
-    names = [t.name for t in targets_of("8.9") + targets_of("12.0") if "tensorrt-rtx" in t.compilers]
+    names = [t.name for t in gpus_of("8.9") + gpus_of("12.0") if "tensorrt-rtx" in t.compilers]
     model = product(tmp_path / "m.onnx")
     report = build_engine(model, names, tmp_path / "out", together=True, dry_run=True)
     assert report.engines[0].path.name == "m.sm89+sm120.engine"

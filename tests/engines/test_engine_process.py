@@ -13,7 +13,7 @@ import pytest
 from engine_graphs import product
 
 from lora_export import build_engine
-from lora_export.engines.builder_process import Job, _Messages
+from lora_export.engines.builder_process import BuildJob, _Messages
 from lora_export.engines.record import BuildOptions, Profile
 from lora_export.engines.run_builder import run_worker
 from lora_export.errors import BackendUnavailable, EngineBuildError
@@ -85,7 +85,7 @@ def test_it_ends_if_its_parent_has_ended_while_it_began(has_ended, tmp_path, pac
     """It imports for a second before it can ask the system to end it with its parent."""
     mark = tmp_path / "mark"
     package(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nraise ImportError('none')")
-    job = Job(
+    job = BuildJob(
         backend="tensorrt-rtx",
         graph=str(tmp_path / "m.onnx"),
         model=str(tmp_path / "m.onnx"),
@@ -138,7 +138,7 @@ def test_the_builder_tells_of_a_full_disk(kind, tmp_path):
     """Whichever file it is; /dev/full refuses as a full disk does."""
     graph = load_graph(product(tmp_path / "m.onnx"))
     shapes = {"x": ((1, 4), (1, 4), (2, 4))}
-    job = Job(
+    job = BuildJob(
         backend="tensorrt-rtx",
         graph=str(tmp_path / "m.onnx"),
         model=str(tmp_path / "m.onnx"),
@@ -173,7 +173,7 @@ def test_a_process_that_is_forked_meanwhile_is_not_waited_for(text, error, packa
             super().__init__(*arguments, **options)
 
     monkeypatch.setattr(subprocess, "Popen", Forking)
-    job = Job(
+    job = BuildJob(
         backend="tensorrt-rtx",
         graph=str(tmp_path / "m.onnx"),
         model=str(tmp_path / "m.onnx"),

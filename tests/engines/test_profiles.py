@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_export.engines.dims import Range, total_of
+from lora_export.engines.dims import Range, sum_of_both
 from lora_export.engines.profiles import ProfileRequest, make_profiles, parse_shapes, shape_text
 from lora_export.engines.record import Port
 from lora_export.errors import BackendError
@@ -277,4 +277,4 @@ def test_dimensions_are_known_by_what_exporters_call_them(name, dims, axis, role
 
 
 def test_a_total_adds_up():
-    assert total_of(Range(1, 2, 3), Range(0, 10, 20)) == Range(1, 12, 23)
+    assert sum_of_both(Range(1, 2, 3), Range(0, 10, 20)) == Range(1, 12, 23)

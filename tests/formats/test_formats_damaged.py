@@ -37,6 +37,10 @@ WRONG: dict[str, tuple[dict[str, np.ndarray], str]] = {
         {A: np.array([[np.inf, 1, 2, 3]] * 2).astype(ml_dtypes.bfloat16), B: GOOD[B]},
         "2 of 8 values are NaN or infinite",
     ),
+    "beyond float32": (
+        {A: np.array([[1e39, 1, 2, 3]] * 2), B: GOOD[B]},
+        "2 of 8 values are NaN or infinite, or too large for float32",
+    ),
     "integers": ({A: np.ones((2, 4), np.int32), B: GOOD[B]}, "dtype int32, wanted a float"),
     "no values": ({A: np.ones((0, 4), np.float32), B: np.ones((3, 0), np.float32)}, "holds no values"),
     "magnitude": (
@@ -60,6 +64,27 @@ def test_wrong_tensors(name: str, tmp_path: Path) -> None:
     tensors, message = WRONG[name]
     with pytest.raises(AdapterError, match=message):
         load_adapter(peft_folder(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("alpha", [1e20, 1e15, 1e-15, 1e-40])
+def test_an_alpha_by_which_a_change_is_infinite_or_none(alpha: float, tmp_path: Path) -> None:
+    """In float32; a merge by 1e-40 said that nothing of the change was lost, `inspect --json` Infinity."""
+    file = tmp_path / "a.pt"
+    tensors = {name: torch.from_numpy(values) for name, values in PAIR.items()}
+    torch.save(tensors | {"alpha": alpha}, file)
+    with pytest.raises(AdapterError, match=r"wanted a number between 1e-15 and 1e\+15"):
+        load_adapter(file)
+
+
+def test_tensors_that_torch_has_not_negated_yet(tmp_path: Path) -> None:
+    """PyTorch saves such a view as it is; numpy refused it."""
+    file, turned = tmp_path / "a.pt", tmp_path / "b.pt"
+    tensors = {name: torch.from_numpy(values) for name, values in PAIR.items()}
+    torch.save({name: torch._neg_view(tensor) for name, tensor in tensors.items()} | {"alpha": 1}, file)
+    torch.save({name: -tensor for name, tensor in tensors.items()} | {"alpha": 1}, turned)
+    (found,), (wanted,) = (load_adapter(path).modules.values() for path in (file, turned))
+    assert np.array_equal(found.lora_a, wanted.lora_a)
+    assert np.array_equal(found.lora_b, wanted.lora_b)
 
 
 # Names of one module in two spellings.
@@ -192,6 +217,10 @@ def test_pickles_that_hold_code_or_are_damaged(tmp_path: Path) -> None:
         AdapterError, match=r"(?s)can't be loaded with weights_only=True.*would run their code"
     ):
         load_adapter(file)
+    torch.save({"m.A.weight": torch.ones(1, 1), "r": 10**4000}, file)
+    with pytest.raises(AdapterError, match="weights_only=True: Unsupported") as caught:
+        load_adapter(file)
+    assert "`False`" not in str(caught.value)  # torch advises to load it without
     torch.save(PAIR | {"alpha": 1}, file)
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(AdapterError, match="can't be loaded with weights_only=True"):

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
 from lora_export.formats import load_adapter, save_adapter
-from lora_export.formats.reading.experts import is_target_module, parameters_of
-from lora_export.sites.experts import Held, settle, unsettled
+from lora_export.formats.reading.experts import is_target_module, parameter_names
+from lora_export.sites.experts import ExpertLayout, settle_layout, unsettled
 
 EXPERTS, RANK, ALPHA = 3, 2, 6
 UP = "layers.0.experts.gate_up_proj"
@@ -81,8 +81,8 @@ def test_axis_by_version(
     rows: int, cols: int, version: str | None, is_transposed: bool, tmp_path: Path
 ) -> None:
     wanted = write(tmp_path, rows, cols, version, ON_COLUMNS[version, is_transposed])
-    held = {UP: Held((EXPERTS, rows, cols), is_transposed)}
-    adapter, notes = settle(load_adapter(tmp_path), held.get)
+    held = {UP: ExpertLayout((EXPERTS, rows, cols), is_transposed)}
+    adapter, notes = settle_layout(load_adapter(tmp_path), held.get)
     np.testing.assert_allclose(changes(adapter), wanted.numpy(), rtol=1e-12)
     # Only where no shape proves it.
     assert bool(notes) == (version is None and rows == cols)
@@ -93,8 +93,8 @@ def test_axis_by_version(
 @pytest.mark.parametrize("on_columns", [False, True])
 def test_shapes_are_believed_before_versions(version: str | None, on_columns: bool, tmp_path: Path) -> None:
     wanted = write(tmp_path, 10, 8, version, on_columns)
-    held = {UP: Held((EXPERTS, 10, 8), is_transposed=False)}
-    adapter, notes = settle(load_adapter(tmp_path), held.get)
+    held = {UP: ExpertLayout((EXPERTS, 10, 8), is_transposed=False)}
+    adapter, notes = settle_layout(load_adapter(tmp_path), held.get)
     np.testing.assert_allclose(changes(adapter), wanted.numpy(), rtol=1e-12)
     known = {(None, False), ("0.18.1", False), ("0.19.0", False), ("0.21.2", True)}
     silent = (version, on_columns) in known or version in ("0.19.1.dev0@abc", "nonsense")
@@ -115,8 +115,8 @@ def test_square_and_unknown_stays_unsettled(
     version: str, is_transposed: bool | None, reason: str, tmp_path: Path
 ) -> None:
     write(tmp_path, 8, 8, version, True)
-    held = Held((EXPERTS, 8, 8), is_transposed)
-    adapter, _ = settle(load_adapter(tmp_path), {UP: held}.get)
+    held = ExpertLayout((EXPERTS, 8, 8), is_transposed)
+    adapter, _ = settle_layout(load_adapter(tmp_path), {UP: held}.get)
     (module,) = adapter.modules.values()
     assert module.layout != "known"
     assert reason in unsettled(module, held).detail
@@ -141,7 +141,7 @@ def test_square_as_the_installed_peft_merges(is_transposed: bool, names: list[st
     before, theirs = saved_and_merged(case, tmp_path, torch.float64)
     # With both, the sibling's shape is enough; alone, the class has to say it.
     known = is_transposed if len(names) == 1 else None
-    adapter, _ = settle(load_adapter(tmp_path), lambda name: Held(before[name].shape, known))
+    adapter, _ = settle_layout(load_adapter(tmp_path), lambda name: ExpertLayout(before[name].shape, known))
     for module in adapter.modules.values():
         name = f"{module.path}.{module.parameter}"
         ours = np.stack([np.matmul(*module.factors(e, np.float64)) for e in range(module.experts)])
@@ -180,7 +180,7 @@ def test_mixed_layouts_are_not_written(tmp_path: Path) -> None:
     ],
 )
 def test_targets_without_a_module(path: str, levels: int, expected: list[str]) -> None:
-    assert parameters_of(path, ["gate_up_proj", "gate.weight", "down_proj"], levels) == expected
+    assert parameter_names(path, ["gate_up_proj", "gate.weight", "down_proj"], levels) == expected
 
 
 @pytest.mark.parametrize(

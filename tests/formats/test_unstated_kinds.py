@@ -22,8 +22,8 @@ from lora_export import convert_adapter, export_onnx, merge_checkpoint, swap_onn
 from lora_export.adapter import Adapter
 from lora_export.errors import LoraExportError, SiteError
 from lora_export.formats import load_adapter
+from lora_export.runtimes.torch.find_parameters import ModelParameters
 from lora_export.runtimes.torch.hooks import applied, bind
-from lora_export.runtimes.torch.places import Places
 
 SIZE, RANK, SCALE = 8, 2, 2.0
 
@@ -189,7 +189,7 @@ def test_a_models_class_decides(net: str, which: int, form: str, tmp_path: Path)
     path = model.names[which]
     adapter, changed = _adapter(form, model.get_submodule(path), path, tmp_path)
     plain = model(X).detach().numpy()
-    bound, problems = bind(model, adapter, Places(model))
+    bound, problems = bind(model, adapter, ModelParameters(model))
     assert not problems
     with applied([(bound, 1.0)]), torch.no_grad():
         hooked = model(X).numpy()

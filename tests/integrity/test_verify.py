@@ -32,7 +32,7 @@ from lora_export import (
 from lora_export.cli import main as command_line
 from lora_export.demo.run import REPORT, save_report
 from lora_export.engines.plan import BuildRequest
-from lora_export.integrity.check import FileState
+from lora_export.integrity.check import CheckedFile
 from lora_export.modes.capture_onnx import capture_onnx
 from lora_export.packages.build_kit import write_kits
 from lora_export.storage.hashes import hash_file
@@ -632,7 +632,7 @@ def test_a_description_that_lies_elsewhere(plain_set, tmp_path):
 
 
 def test_a_file_that_is_claimed_very_often(tmp_path):
-    state, count, began = FileState(path=tmp_path), 40_000, time.process_time()
+    state, count, began = CheckedFile(path=tmp_path), 40_000, time.process_time()
     for number in range(2 * count):
         state.add("changed", f"{number % count}", f"wanted {number % count}")
     assert time.process_time() - began < 10

@@ -16,10 +16,10 @@ from lora_export.machines.targets import (
     PRECISIONS,
     RTX_COMPUTE_CAPABILITIES,
     find_target,
+    gpus_of,
     known_compute_capabilities,
     load_targets,
     select_targets,
-    targets_of,
 )
 
 TARGETS = load_targets()
@@ -165,8 +165,8 @@ def test_compute_capabilities(compute_capability):
     found = find_target(compute_capability)
     assert found.compute_capability == compute_capability
     assert ("tensorrt-rtx" in found.compilers) == (compute_capability in RTX_COMPUTE_CAPABILITIES)
-    assert targets_of(compute_capability), "listed, and no GPU has it"
-    assert {t.compute_capability for t in targets_of(compute_capability)} == {compute_capability}
+    assert gpus_of(compute_capability), "listed, and no GPU has it"
+    assert {t.compute_capability for t in gpus_of(compute_capability)} == {compute_capability}
 
 
 def test_compute_capabilities_are_in_order_and_those_of_rtx_are_known():
@@ -174,7 +174,7 @@ def test_compute_capabilities_are_in_order_and_those_of_rtx_are_known():
     assert all(float(a) < float(b) for a, b in pairwise(known))
     assert set(RTX_COMPUTE_CAPABILITIES) <= set(known)
     assert {t.compute_capability for t in TARGETS.values()} == set(known)
-    assert targets_of("1.0") == ()
+    assert gpus_of("1.0") == ()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_selection():
     large = select_targets(compiler="tensorrt-rtx", precision="fp4", min_memory_gb=32)
     assert {"rtx-5090", "rtx-pro-6000", "dgx-spark"} <= {t.name for t in large}
     assert all(t.memory_bytes >= 32 * GIB for t in large)
-    assert select_targets(compute_capability="sm89") == list(targets_of("8.9"))
+    assert select_targets(compute_capability="sm89") == list(gpus_of("8.9"))
     assert select_targets() == list(TARGETS.values())
     with pytest.raises(BackendError, match=r"6\.1"):
         select_targets(compute_capability="6.1")

@@ -15,7 +15,7 @@ import lora_export
 from lora_export import LoraExportError, ParityReport, assert_parity, check_parity
 from lora_export.parity.sentence import sentence
 from lora_export.reports.parity import to_assertion as asserting
-from lora_export.reports.parity.to_text import lines
+from lora_export.reports.parity.to_text import check_lines
 
 pytestmark = pytest.mark.xdist_group("llama")
 QUICK = {"samples": 2, "batches": (2,), "sequences": (5,)}
@@ -52,7 +52,9 @@ def test_what_differs_fails_with_the_whole_report(exports: tuple[Path, Path]) ->
     said = str(caught.value).splitlines()
     assert said[0] == sentence(report)
     # How long it took is not the same twice.
-    wanted, found = ([line for line in part if not line.startswith("took")] for part in (lines(report), said))
+    wanted, found = (
+        [line for line in part if not line.startswith("took")] for part in (check_lines(report), said)
+    )
     assert found == wanted
     # The frame that pytest shows is the user's.
     assert caught.traceback[-1].ishidden(caught)

@@ -43,7 +43,7 @@ from lora_export.parity.check import check_parity
 from lora_export.parity.feeds.made import InputPort, make_feeds
 from lora_export.parity.judge.limits import FACTOR, STEP
 from lora_export.parity.result import ParityReport
-from lora_export.reports.parity.baseline import compare
+from lora_export.reports.parity.baseline import compare_reports
 from lora_export.reports.parity.to_json import report_json
 from lora_export.storage.hashes import identity_of_graph
 
@@ -346,7 +346,7 @@ def test_graphs_with_other_inputs(tmp_path):
 
 def reread(report: ParityReport) -> None:
     """What is written can be a baseline."""
-    assert compare(ParityReport.from_json(json.loads(report_json(report))), report) == []
+    assert compare_reports(ParityReport.from_json(json.loads(report_json(report))), report) == []
 
 
 def test_reports_of_runs_in_which_something_was_not_compared_can_be_read_again(tmp_path):

@@ -22,7 +22,7 @@ from lora_export import capture_onnx, load_adapter, merge_onnx, swap_onnx
 from lora_export.parity.check import check_parity
 from lora_export.reports.parity.to_html import report_html
 from lora_export.reports.parity.to_json import report_json
-from lora_export.reports.parity.to_text import lines
+from lora_export.reports.parity.to_text import check_lines
 
 SIZES = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 ROWS = 48
@@ -175,7 +175,7 @@ def test_rows_that_the_chosen_inputs_leave_out_are_said_everywhere(name, referen
     assert report.passed
     said = f"9 of {ROWS} rows of {POSITIONS[name]}, which the adapter changes, are read by the inputs"
     assert any(said in note and f"(9–{ROWS - 1})" in note for note in report.notes)
-    for text in ("\n".join(lines(report)), report_json(report), report_html(report)):
+    for text in ("\n".join(check_lines(report)), report_json(report), report_html(report)):
         assert said in " ".join(text.split())
 
 

@@ -23,7 +23,7 @@ from lora_export.parity.judge.limits import (
     WORST_FACTOR,
     WORST_OVER,
     Limit,
-    Rounding,
+    StatedRounding,
     applied_limit,
     effect_limit,
     limit_of,
@@ -37,7 +37,7 @@ from lora_export.parity.result import BASE, state_of
 STATE = state_of("a")
 DTYPES = list(STEP)
 positive = st.floats(1e-12, 1e12)
-roundings = st.none() | st.builds(Rounding, positive, st.just("model.lora.json"))
+roundings = st.none() | st.builds(StatedRounding, positive, st.just("model.lora.json"))
 
 
 def random(seed: int, shape: tuple[int, ...] = (4, 3, 11)) -> np.ndarray:
@@ -92,7 +92,7 @@ def test_without_a_run_of_pytorch_the_dtypes_step_counts(dtype):
 @pytest.mark.parametrize("ties", [0.0, 0.5, 10.0])
 def test_zeros_pass_no_limit(dtype, own, ties):
     known = None if own is None else (own, own)
-    limit = limit_of(dtype, known, own, 0.1, Rounding(5.0, "m"), (ties, ties))
+    limit = limit_of(dtype, known, own, 0.1, StatedRounding(5.0, "m"), (ties, ties))
     wanted = random(0)
     tally = tally_of(wanted, np.zeros_like(wanted))
     assert tally.relative(tally.got) == pytest.approx(1)
@@ -112,12 +112,12 @@ def test_a_pytorch_run_that_overflows_tells_nothing_of_the_limit():
 def test_what_rounding_cost_is_added_in_proportion_to_the_effect():
     own = (1e-4, 2e-4)
     without = limit_of("float16", own, 2e-4, 0.3, None)
-    limit = limit_of("float16", own, 2e-4, 0.3, Rounding(0.02, "m"))
+    limit = limit_of("float16", own, 2e-4, 0.3, StatedRounding(0.02, "m"))
     more = ROUNDING_FACTOR * 0.02 * 0.3
     assert limit.relative - without.relative == pytest.approx(more)
     assert limit.worst - without.worst == pytest.approx(more * WORST_FACTOR / FACTOR)
     assert "rounding" in limit.why
-    assert limit_of("float16", own, 2e-4, 0.0, Rounding(0.02, "m")) == without
+    assert limit_of("float16", own, 2e-4, 0.0, StatedRounding(0.02, "m")) == without
 
 
 @given(st.sampled_from(DTYPES), st.floats(0, 1e6), st.floats(1, 1e3), st.floats(1, 100), roundings)
@@ -177,7 +177,7 @@ def test_the_limit_of_the_share_leaves_out_none_and_twice(dtype, own):
 @pytest.mark.parametrize("own", [0.0, 0.01, 0.2, 0.39])
 def test_the_limit_of_the_error_to_the_effect_follows_pytorch(own):
     assert effect_limit("float16", own, 0.1, None)[0] == pytest.approx(max(EFFECT_LIMIT, 2 * own))
-    with_rounding = effect_limit("float16", own, 0.1, Rounding(0.01, "m"))[0]
+    with_rounding = effect_limit("float16", own, 0.1, StatedRounding(0.01, "m"))[0]
     wanted = max(EFFECT_LIMIT, 2 * own + ROUNDING_FACTOR * 0.01)
     assert with_rounding == pytest.approx(min(wanted, EFFECT_CEILING))
 

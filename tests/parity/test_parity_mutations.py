@@ -194,8 +194,7 @@ def test_an_adapter_merged_twice_fails(dtype, tmp_path):
     assert_fails(check("llama", tmp_path / "twice.onnx", {"a": good}), FIRST)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", ["swap", "bank"])
+@pytest.mark.parametrize(("mode", "dtype"), [("swap", "float16"), ("bank", "float32")])
 @pytest.mark.xdist_group("parity-llama")
 def test_an_adapter_beside_weights_that_have_it_already_fails(mode, dtype, tmp_path):
     good = {"a": broken.adapter("llama"), "b": broken.adapter("llama", seed=1, name="b")}
@@ -238,10 +237,16 @@ def test_a_bank_whose_slots_are_off_by_one_fails(dtype):
     assert failed_states(report) == set("abc")
 
 
+# Where the inputs come from has nothing to do with the mode.
 @pytest.mark.parametrize(
-    ("made", "dtype"), [(True, "float32"), (False, "float16")], ids=["made-feeds", "own-feeds"]
+    ("mode", "made", "dtype"),
+    [
+        (None, True, "float32"),
+        ("merged", False, "float16"),
+        ("swap", True, "float32"),
+        ("bank", False, "float16"),
+    ],
 )
-@pytest.mark.parametrize("mode", [None, *MODES])
 @pytest.mark.xdist_group("parity-llama")
 def test_an_embedding_row_that_is_missing_fails(mode, made, dtype, tmp_path):
     good = {"a": broken.adapter("llama")} if mode else {}
@@ -263,9 +268,17 @@ def feeds_with(token: int, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("change", [broken.rounded_to_bfloat16, broken.stored_in_bfloat16])
+# Each way of rounding with two modes, and with a dtype that is said.
 @pytest.mark.parametrize(
-    ("mode", "said"), [*((mode, None) for mode in (None, *MODES)), ("merged", "float32")]
+    ("mode", "said", "change"),
+    [
+        (None, None, broken.rounded_to_bfloat16),
+        ("merged", None, broken.stored_in_bfloat16),
+        ("swap", None, broken.stored_in_bfloat16),
+        ("bank", None, broken.rounded_to_bfloat16),
+        ("merged", "float32", broken.rounded_to_bfloat16),
+        ("merged", "float32", broken.stored_in_bfloat16),
+    ],
 )
 @pytest.mark.xdist_group("parity-llama")
 def test_bfloat16_under_the_name_of_float32_fails(said, mode, change, tmp_path):
@@ -357,20 +370,32 @@ def test_a_row_that_one_small_feed_reads_is_looked_for_there(tmp_path):
 
 # --- good exports --------------------------------------------------------------------------------------
 
-GOOD = [
+# Every architecture and feature in every mode that it has.
+IN_EACH_MODE = [
     *itertools.product(("llama", "gpt2", "bert", "vit", "t5"), ("plain",), MODES),
-    *itertools.product(("llama",), ("rslora", "patterns", "dora", "modules_to_save"), ("merged",)),
-    *itertools.product(("llama",), ("rslora", "patterns"), ("swap", "bank")),
-    *itertools.product(("bert",), ("bias", "lora_bias", "embedding"), ("merged",)),
-    *itertools.product(("bert",), ("lora_bias",), ("swap", "bank")),
+    *itertools.product(("llama",), ("rslora", "patterns"), MODES),
+    *itertools.product(("bert",), ("lora_bias",), MODES),
+]
+MERGED = [
+    *itertools.product(("llama",), ("dora", "modules_to_save"), ("merged",)),
+    *itertools.product(("bert",), ("bias", "embedding"), ("merged",)),
     *itertools.product(("qwen2_moe",), ("plain", "target_parameters"), ("merged",)),
-    ("qwen2_moe", "plain", "swap"),
+]
+# Dtypes take turns: each meets every architecture, feature and mode.
+GOOD = [
+    *((*values, DTYPES[number % 2]) for number, values in enumerate(IN_EACH_MODE)),
+    *((*values, dtype) for values, dtype in itertools.product(MERGED, DTYPES)),
+    ("qwen2_moe", "plain", "swap", "float32"),
+    ("qwen2_moe", "plain", "swap", "float16"),
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("arch", "feature", "mode"), [grouped(*values, name=" ".join(values)) for values in GOOD]
+    ("arch", "feature", "mode", "dtype"),
+    [
+        pytest.param(*values, id="-".join(values), marks=pytest.mark.xdist_group(f"parity-{values[0]}"))
+        for values in GOOD
+    ],
 )
 def test_a_good_export_passes(arch, feature, mode, dtype):
     good = {"a": broken.adapter(arch, feature)}
@@ -397,8 +422,13 @@ def test_a_token_that_goes_to_another_expert_by_rounding_alone_is_no_error():
         pytest.skip("on this machine ONNX Runtime sends every token where PyTorch does")
 
 
-@pytest.mark.parametrize(("strength", "dtype"), [(WEAK, "float32"), (WEAK, "float16"), (0.2, "float16")])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "strength", "dtype"),
+    [
+        *((mode, WEAK, "float16") for mode in MODES),
+        *(("merged", WEAK, "float32"), ("swap", 0.2, "float16"), ("bank", WEAK, "float32")),
+    ],
+)
 @pytest.mark.xdist_group("parity-llama")
 def test_a_good_export_of_a_weak_adapter_passes(mode, strength, dtype):
     good = {"a": broken.adapter("llama", strength=strength)}
@@ -406,8 +436,9 @@ def test_a_good_export_of_a_weak_adapter_passes(mode, strength, dtype):
     assert_passes(check("llama", candidate, good))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("merged", "float32"), ("swap", "float16"), ("bank", "float32"), ("bank", "float16")]
+)
 @pytest.mark.xdist_group("parity-llama")
 def test_a_good_export_with_a_cache_passes(mode, dtype):
     good = {"a": broken.adapter("llama")}

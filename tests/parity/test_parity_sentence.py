@@ -29,7 +29,7 @@ from lora_export.parity.result import (
 from lora_export.parity.sentence import failure_sentence, sentence
 from lora_export.reports.files import content
 from lora_export.reports.parity.to_junit import junit_xml
-from lora_export.reports.parity.to_text import lines
+from lora_export.reports.parity.to_text import check_lines
 from lora_export.reports.parity.words import verdict_line
 
 QUICK: dict[str, Any] = {"samples": 2, "batches": (2,), "sequences": (5,), "localise": False}
@@ -239,9 +239,9 @@ REPORTS = {
 def test_it_is_first_everywhere_and_the_numbers_follow(kind: str) -> None:
     found = REPORTS[kind]()
     said = sentence(found)
-    text = lines(found)
+    text = check_lines(found)
     assert (text[0], text[-1]) == (said, verdict_line(found))
-    assert " ".join(lines(found, cut=True)).startswith(said)
+    assert " ".join(check_lines(found, cut=True)).startswith(said)
     assert str(found).splitlines()[0] == said
     assert len(str(found)) < 2000
     assert found.candidate["path"] in str(found)

@@ -118,7 +118,13 @@ def test_engines_and_kits(what, tmp_path, capsys):
         (folder,) = (tmp_path / "out").glob("*.kit")
         found = facts(capsys, folder)
         assert (found["kind"], found["built"]) == ("kit", [])
-        assert "build.sh" in said(capsys, folder)
+        text = said(capsys, folder)
+        assert "build.sh" in text
+        # Nothing is said of an engine that is not there yet.
+        assert ".engine: tensorrt" in text
+        assert ", not built" in text
+        assert "0 bytes" not in text
+        assert not [line for line in text.splitlines() if line.rstrip(", ") != line]
         return
     (engine,) = (tmp_path / "out").glob("*.engine")
     record = record_path(engine)

@@ -65,6 +65,27 @@ def test_plain_text_where_stdout_is_no_terminal(adapter: Path, capsys: pytest.Ca
     assert "\x1b" not in text
 
 
+def test_a_summary_explains_no_column_that_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factors = [RANDOM.standard_normal(shape).astype(np.float32) for shape in ((2, 4), (6, 2))]
+    paths = [f"layers.{number}.q" for number in range(200)]
+    modules = {
+        module.key: module
+        for module in (LoraModule(path, "linear", *factors, alpha=8, rank=2) for path in paths)
+    }
+    folder = save_adapter(Adapter("many", "", "peft", modules), tmp_path / "many")
+    run(folder)
+    summary = capsys.readouterr().out
+    run(folder, "--modules")
+    table = capsys.readouterr().out
+    energy = np.cumsum(np.linalg.svd(factors[1] @ factors[0], compute_uv=False) ** 2)
+    directions = int(np.searchsorted(energy, 0.9 * energy[-1])) + 1
+    assert f"median of all modules: {directions} directions hold 90 %" in summary
+    assert "σ₁" not in summary
+    assert "σ₁: largest singular value" in table
+
+
 def test_a_converted_file_says_what_it_was_made_of_and_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from lora_export.errors import LoraExportError
 from lora_export.parity.result import Generated, ParityReport
 from lora_export.reports.parity import to_json as parity_json
-from lora_export.reports.parity.baseline import compare, floors, lines
+from lora_export.reports.parity.baseline import compare_reports, floors, regression_lines
 
 
 def data(report):
@@ -37,100 +37,102 @@ def old():
 
 def test_the_same_is_no_regression(old):
     read = ParityReport.from_json(data(old))
-    assert compare(old, old) == compare(read, old) == compare(read, read) == []
-    assert lines([]) == ["PASSED: nothing is worse than the baseline"]
+    assert compare_reports(old, old) == compare_reports(read, old) == compare_reports(read, read) == []
+    assert regression_lines([]) == ["PASSED: nothing is worse than the baseline"]
 
 
 def test_a_report_read_from_its_file_is_a_baseline(old, tmp_path):
     path = tmp_path / "old.json"
     path.write_text(parity_json.report_json(old), encoding="utf-8")
-    assert compare(parity_json.read_report(path), old) == []
-    assert compare(parity_json.read_report(path), with_verdict(old, passed=False))
+    assert compare_reports(parity_json.read_report(path), old) == []
+    assert compare_reports(parity_json.read_report(path), with_verdict(old, passed=False))
 
 
 def test_what_passed_and_fails_now_is_found(old):
-    (found,) = compare(old, with_verdict(old, passed=False, value=0.5, why="v_proj is not applied"))
+    (found,) = compare_reports(old, with_verdict(old, passed=False, value=0.5, why="v_proj is not applied"))
     before = old.verdicts[1]
     assert (found.kind, found.name, found.state, found.output) == (
         "verdict", before.name, before.state, before.output,
     )  # fmt: skip
     assert (found.before, found.now, found.limit) == (before.value, 0.5, before.limit)
-    text = lines([found])
+    text = regression_lines([found])
     assert text[-1] == "FAILED: 1 thing worse than the baseline"
     assert "v_proj is not applied" in text[1]
 
 
 def test_what_failed_before_and_still_fails_is_no_regression(old):
     broken = with_verdict(old, passed=False)
-    assert compare(broken, broken) == []
-    assert compare(broken, old) == []
+    assert compare_reports(broken, broken) == []
+    assert compare_reports(broken, old) == []
 
 
 def test_a_new_check_that_fails_is_found(old):
     extra = replace(old.verdicts[0], name="new", passed=False)
-    (found,) = compare(old, replace(old, verdicts=(*old.verdicts, extra)))
+    (found,) = compare_reports(old, replace(old, verdicts=(*old.verdicts, extra)))
     assert (found.kind, found.name) == ("verdict", "new")
-    assert compare(old, replace(old, verdicts=(*old.verdicts, replace(extra, passed=True)))) == []
+    assert compare_reports(old, replace(old, verdicts=(*old.verdicts, replace(extra, passed=True)))) == []
 
 
 def test_a_check_that_is_gone_is_found(old):
     gone = old.verdicts[5]
-    (found,) = compare(old, replace(old, verdicts=tuple(v for v in old.verdicts if v is not gone)))
+    (found,) = compare_reports(old, replace(old, verdicts=tuple(v for v in old.verdicts if v is not gone)))
     assert (found.kind, found.output) == ("vanished", gone.output)
     assert math.isnan(found.now)
     twice = replace(old, verdicts=(*old.verdicts, gone))
-    assert [row.kind for row in compare(twice, old)] == ["vanished"]
+    assert [row.kind for row in compare_reports(twice, old)] == ["vanished"]
 
 
 def test_a_check_that_proves_nothing_now_is_found(old):
-    (found,) = compare(old, with_verdict(old, counted=False))
+    (found,) = compare_reports(old, with_verdict(old, counted=False))
     assert found.kind == "void"
 
 
 def test_a_measurement_that_is_gone_is_found(old):
-    assert [row.kind for row in compare(old, replace(old, metrics=old.metrics[1:]))] == ["vanished"] * 3
-    (found,) = compare(old, with_metric(old, kl=None))
+    assert [row.kind for row in compare_reports(old, replace(old, metrics=old.metrics[1:]))] == [
+        "vanished"
+    ] * 3
+    (found,) = compare_reports(old, with_metric(old, kl=None))
     assert (found.kind, found.name) == ("vanished", "kl")
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 10.0])
 def test_a_relative_error_may_grow_by_the_factor(old, factor):
     before = with_metric(old, relative=0.05)
-    assert compare(before, with_metric(old, relative=0.05 * factor * 0.999), factor) == []
-    (found,) = compare(before, with_metric(old, relative=0.05 * factor * 1.001), factor)
+    assert compare_reports(before, with_metric(old, relative=0.05 * factor * 0.999), factor) == []
+    (found,) = compare_reports(before, with_metric(old, relative=0.05 * factor * 1.001), factor)
     assert (found.kind, found.name, found.before) == ("metric", "relative", 0.05)
     assert found.limit == pytest.approx(0.05 * factor)
 
 
 def test_kl_may_grow_by_the_square_of_the_factor(old):
     before = with_metric(old, kl=0.1)
-    assert compare(before, with_metric(old, kl=0.1 * 2**2 * 0.999)) == []
-    assert [row.name for row in compare(before, with_metric(old, kl=0.1 * 2**2 * 1.001))] == ["kl"]
+    assert compare_reports(before, with_metric(old, kl=0.1 * 2**2 * 0.999)) == []
+    assert [row.name for row in compare_reports(before, with_metric(old, kl=0.1 * 2**2 * 1.001))] == ["kl"]
 
 
 def test_top1_may_lose_the_factor_and_one_position(old):
     positions = sum(math.prod(feed["shapes"]["input_ids"]) for feed in old.feeds)
     before = with_metric(old, top1=0.9)
     least = 1 - 2 * 0.1 - 1 / positions
-    assert compare(before, with_metric(old, top1=least + 1e-6)) == []
-    (found,) = compare(before, with_metric(old, top1=least - 1e-6))
+    assert compare_reports(before, with_metric(old, top1=least + 1e-6)) == []
+    (found,) = compare_reports(before, with_metric(old, top1=least - 1e-6))
     assert found.limit == pytest.approx(least)
-    assert compare(before, with_metric(old, top1=1.0)) == []
+    assert compare_reports(before, with_metric(old, top1=1.0)) == []
 
 
 def test_positions_are_those_that_were_compared(old):
     """Of padded feeds fewer are compared than the feeds have: one of them is more."""
     before = with_metric(old, top1=0.9, positions=4)
     now = with_metric(old, top1=1 - 2 * 0.1 - 1 / 4 + 1e-6, positions=4)
-    assert compare(before, now) == []
-    assert compare(with_metric(old, top1=0.9), now) == []
+    assert compare_reports(before, now) == []
+    assert compare_reports(with_metric(old, top1=0.9), now) == []
     worse = with_metric(old, top1=1 - 2 * 0.1 - 1 / 4 - 1e-6, positions=4)
-    assert [row.name for row in compare(before, worse)] == ["top1"]
+    assert [row.name for row in compare_reports(before, worse)] == ["top1"]
     # A report that doesn't say it is compared as before.
     silent = data(now)
     for row in silent["metrics"]:
         del row["positions"]
-    assert [row.name for row in compare(before, ParityReport.from_json(silent))] == ["top1"]
+    assert [row.name for row in compare_reports(before, ParityReport.from_json(silent))] == ["top1"]
 
 
 def with_tokens(report, *runs):
@@ -153,45 +155,45 @@ def with_tokens(report, *runs):
 
 def test_fewer_tokens_asked_for_are_found(old):
     before = with_tokens(old, (64, 64), (3, 2))
-    assert compare(before, before) == []
-    assert compare(before, with_tokens(old, (65, 65), (3, 2))) == []
-    (found,) = compare(before, with_tokens(old, (8, 8), (3, 2)))
+    assert compare_reports(before, before) == []
+    assert compare_reports(before, with_tokens(old, (65, 65), (3, 2))) == []
+    (found,) = compare_reports(before, with_tokens(old, (8, 8), (3, 2)))
     assert (found.kind, found.state, found.before, found.now) == ("vanished", "json", 64, 8)
     assert "--generate" in found.why
 
 
 def test_tokens_that_ended_at_a_tie_are_no_fewer(old):
     before = with_tokens(old, (64, 64), (64, 64))
-    assert compare(before, with_tokens(old, (64, 64), (5, 4))) == []
+    assert compare_reports(before, with_tokens(old, (64, 64), (5, 4))) == []
     # How many were asked for can't be told.
-    assert compare(before, with_tokens(old, (7, 6), (5, 4))) == []
-    assert compare(with_tokens(old, (7, 6), (5, 4)), with_tokens(old, (8, 8), (8, 8))) == []
+    assert compare_reports(before, with_tokens(old, (7, 6), (5, 4))) == []
+    assert compare_reports(with_tokens(old, (7, 6), (5, 4)), with_tokens(old, (8, 8), (8, 8))) == []
 
 
 def test_one_tie_of_a_float32_export_is_no_regression(old):
     exact = replace(old, candidate={**old.candidate, "dtype": "float32"})
     positions = sum(math.prod(feed["shapes"]["input_ids"]) for feed in old.feeds)
-    assert compare(with_metric(exact, top1=0.999), with_metric(exact, top1=1 - 1 / positions)) == []
-    assert compare(exact, with_metric(exact, top1=1 - 2 / positions))
+    assert compare_reports(with_metric(exact, top1=0.999), with_metric(exact, top1=1 - 1 / positions)) == []
+    assert compare_reports(exact, with_metric(exact, top1=1 - 2 / positions))
 
 
 @pytest.mark.parametrize("name", ["relative", "kl", "top1"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_no_number_now_is_worse(old, name, value):
-    (found,) = compare(old, with_metric(old, **{name: -value if name == "top1" else value}))
+    (found,) = compare_reports(old, with_metric(old, **{name: -value if name == "top1" else value}))
     assert (found.kind, found.name) == ("metric", name)
     broken = with_metric(old, **{name: math.nan})
-    assert compare(broken, broken) == []
+    assert compare_reports(broken, broken) == []
 
 
 def test_below_the_floor_all_is_noise(old):
     floor = floors("float32", old.candidate["dtype"])
     before = with_metric(old, relative=0.0, kl=0.0, top1=1.0)
     now = {"relative": floor.relative, "kl": floor.kl, "top1": 1 - floor.top1}
-    assert compare(before, with_metric(before, **now)) == []
-    assert [row.name for row in compare(before, with_metric(before, relative=3 * floor.relative))] == [
-        "relative"
-    ]
+    assert compare_reports(before, with_metric(before, **now)) == []
+    assert [
+        row.name for row in compare_reports(before, with_metric(before, relative=3 * floor.relative))
+    ] == ["relative"]
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
@@ -244,7 +246,7 @@ REASONS = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_another_check_is_refused(reason, old):
     with pytest.raises(LoraExportError, match="can't be compared") as caught:
-        compare(old, REASONS[reason](old))
+        compare_reports(old, REASONS[reason](old))
     (problem,) = caught.value.problems
     assert reason in problem
     assert caught.value.exit_code == 1
@@ -255,25 +257,25 @@ def test_all_reasons_come_at_once(old):
     for change in REASONS.values():
         other = change(other)
     with pytest.raises(LoraExportError) as caught:
-        compare(old, other)
+        compare_reports(old, other)
     assert len(caught.value.problems) == len(REASONS)
 
 
 def test_feeds_of_other_shapes_are_refused(old):
     feeds = ({**old.feeds[0], "shapes": {"input_ids": [1, 99]}}, *old.feeds[1:])
     with pytest.raises(LoraExportError, match=old.feeds[0]["label"]):
-        compare(old, replace(old, feeds=feeds))
+        compare_reports(old, replace(old, feeds=feeds))
 
 
 def test_other_values_of_the_same_shapes_are_other_feeds(old):
     def hashed(sha):
         return replace(old, feeds=({**old.feeds[0], "sha256": sha}, *old.feeds[1:]))
 
-    assert compare(hashed("aa" * 32), hashed("aa" * 32)) == []
+    assert compare_reports(hashed("aa" * 32), hashed("aa" * 32)) == []
     # An older report has none.
-    assert compare(old, hashed("aa" * 32)) == compare(hashed("aa" * 32), old) == []
+    assert compare_reports(old, hashed("aa" * 32)) == compare_reports(hashed("aa" * 32), old) == []
     with pytest.raises(LoraExportError, match="the feeds") as caught:
-        compare(hashed("aa" * 32), hashed("bb" * 32))
+        compare_reports(hashed("aa" * 32), hashed("bb" * 32))
     (reason,) = caught.value.problems
     assert reason.endswith(f"not the same: {old.feeds[0]['label']}")
 
@@ -282,16 +284,16 @@ def test_hashes_of_the_reference_count_where_there_are_both(old):
     def hashed(sha, path):
         return replace(old, reference={**old.reference, "sha256": sha, "path": path})
 
-    assert compare(hashed("aa" * 32, "one/a"), hashed("aa" * 32, "two/b")) == []
-    assert compare(hashed("", "one/a"), hashed("aa" * 32, "two/a/")) == []
+    assert compare_reports(hashed("aa" * 32, "one/a"), hashed("aa" * 32, "two/b")) == []
+    assert compare_reports(hashed("", "one/a"), hashed("aa" * 32, "two/a/")) == []
     with pytest.raises(LoraExportError, match="reference's sha256"):
-        compare(hashed("aa" * 32, "one/a"), hashed("bb" * 32, "one/a"))
+        compare_reports(hashed("aa" * 32, "one/a"), hashed("bb" * 32, "one/a"))
 
 
 def test_another_machine_runtime_or_export_is_the_same_check(old):
     candidate = {**old.candidate, "sha256": "ee" * 32, "provider": "cuda", "path": "/elsewhere/m.onnx"}
     now = replace(old, candidate=candidate, environment={}, seconds=1.0, notes=("other",))
-    assert compare(old, now) == []
+    assert compare_reports(old, now) == []
 
 
 @pytest.mark.parametrize(
@@ -304,7 +306,7 @@ def test_another_machine_runtime_or_export_is_the_same_check(old):
 )
 def test_an_empty_baseline_is_refused(verdicts, old):
     with pytest.raises(LoraExportError, match="the baseline is empty"):
-        compare(replace(old, verdicts=verdicts(old.verdicts)), old)
+        compare_reports(replace(old, verdicts=verdicts(old.verdicts)), old)
 
 
 def test_a_damaged_baseline_is_refused(old):
@@ -319,14 +321,16 @@ def test_a_damaged_baseline_is_refused(old):
 @pytest.mark.parametrize("factor", [0.5, 0, -1, math.nan, math.inf])
 def test_a_factor_below_one_is_refused(factor, old):
     with pytest.raises(LoraExportError, match="factor"):
-        compare(old, old, factor)
+        compare_reports(old, old, factor)
 
 
 def test_lines_hold_nothing_that_a_terminal_acts_on():
     names = parity_reports.HOSTILE
     verdicts = tuple(replace(parity_reports.good().verdicts[0], state=name, why=name) for name in names)
     now = tuple(replace(verdict, passed=False) for verdict in verdicts)
-    text = lines(compare(parity_reports.good(verdicts=verdicts), parity_reports.good(verdicts=now)))
+    text = regression_lines(
+        compare_reports(parity_reports.good(verdicts=verdicts), parity_reports.good(verdicts=now))
+    )
     assert len(text) == 2 * len(names) + 1
     assert all(line.isprintable() for line in text)
 
@@ -334,8 +338,8 @@ def test_lines_hold_nothing_that_a_terminal_acts_on():
 def test_of_many_regressions_the_first_are_listed(old):
     passed = next(row for row in old.verdicts if row.passed)
     many = tuple(replace(passed, name=f"n{i}") for i in range(5000))
-    found = compare(replace(old, verdicts=(*old.verdicts, *many)), old)
-    text = lines(found)
+    found = compare_reports(replace(old, verdicts=(*old.verdicts, *many)), old)
+    text = regression_lines(found)
     assert len(found) == 5000
     assert len(text) == 2 * 100 + 2
     assert text[-2:] == ["… and 4900 more", "FAILED: 5000 things worse than the baseline"]

@@ -19,7 +19,7 @@ from lora_export.parity import check
 from lora_export.reports.files import ReportFile
 from lora_export.reports.parity import to_json as parity_json
 from lora_export.reports.parity import to_text as parity_text
-from lora_export.reports.parity.files import Inputs, check_outputs
+from lora_export.reports.parity.files import ReadFiles, check_outputs
 from lora_export.reports.parity.words import verdict_line
 
 
@@ -261,7 +261,7 @@ def test_a_report_never_replaces_a_graphs_data_whatever_its_name(tmp_path):
     onnx.save(
         model, tmp_path / "m.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
     )
-    inputs = Inputs(candidate=tmp_path / "m.onnx", reference=tmp_path / "hf")
+    inputs = ReadFiles(candidate=tmp_path / "m.onnx", reference=tmp_path / "hf")
     with pytest.raises(OutputError) as found:
         check_outputs([ReportFile("--html", tmp_path / "weights.bin", "html")], True, inputs)
     assert "data of the candidate" in found.value.problems[0]

@@ -11,7 +11,7 @@ from parity_reports import words
 
 from lora_export.parity.result import Localisation, ModuleRow, Verdict
 from lora_export.reports.parity import to_text as parity_text
-from lora_export.reports.parity.words import number, relation, share, verdict_line
+from lora_export.reports.parity.words import number, relation, share_of_limit, verdict_line
 from lora_export.untrusted.shown import printable
 
 
@@ -21,7 +21,7 @@ def report(request):
 
 
 def test_text_says_every_failure_in_full(report):
-    text = words("\n".join(parity_text.lines(report)))
+    text = words("\n".join(parity_text.check_lines(report)))
     assert report.failed or report.passed
     for verdict in report.failed:
         said = (verdict.name, verdict.output, verdict.why)
@@ -31,7 +31,7 @@ def test_text_says_every_failure_in_full(report):
 
 def test_text_says_the_worst_of_what_passed():
     report = parity_reports.good()
-    text = parity_text.lines(report)
+    text = parity_text.check_lines(report)
     for state in parity_reports.STATES:
         errors = [v for v in report.verdicts if v.state == state and v.name == "relative error"]
         worst = errors[int(np.argmax([v.value / v.limit for v in errors]))]
@@ -42,30 +42,32 @@ def test_text_says_the_worst_of_what_passed():
 
 @pytest.mark.parametrize("kind", ["good", "failed"])
 def test_text_keeps_its_width_on_a_terminal(kind):
-    assert max(map(len, parity_text.lines(parity_reports.REPORTS[kind](), cut=True))) <= parity_text.WIDTH
+    assert (
+        max(map(len, parity_text.check_lines(parity_reports.REPORTS[kind](), cut=True))) <= parity_text.WIDTH
+    )
 
 
 def test_text_in_a_log_has_every_reason_in_full():
     why = "a reason " * 30 + "that ends here"
     report = parity_reports.good()
     long = replace(report, verdicts=tuple(replace(verdict, why=why) for verdict in report.verdicts))
-    log = [line for line in parity_text.lines(long) if "relative error" in line]
+    log = [line for line in parity_text.check_lines(long) if "relative error" in line]
     assert len(log) == len(parity_reports.STATES)
     assert all(line.endswith(why) for line in log)
-    assert not any("that ends here" in line for line in parity_text.lines(long, cut=True))
+    assert not any("that ends here" in line for line in parity_text.check_lines(long, cut=True))
 
 
 def test_text_holds_nothing_that_a_terminal_acts_on():
-    text = parity_text.lines(parity_reports.hostile())
+    text = parity_text.check_lines(parity_reports.hostile())
     assert all(line.isprintable() for line in text)
     assert r"\x00\x01\x1b[31mred\x07\r\nnext\tline" in "\n".join(text)
 
 
 def test_last_line_is_the_verdict():
     good, failed = parity_reports.good(), parity_reports.failed()
-    assert parity_text.lines(good)[-1] == f"PASSED: {len(good.verdicts)} checks"
+    assert parity_text.check_lines(good)[-1] == f"PASSED: {len(good.verdicts)} checks"
     begins = f"the error begins at {parity_reports.CULPRIT}"
-    assert parity_text.lines(failed)[-1] == f"FAILED: 2 of {len(failed.verdicts)} checks; {begins}"
+    assert parity_text.check_lines(failed)[-1] == f"FAILED: 2 of {len(failed.verdicts)} checks; {begins}"
     one = good.verdicts[:1]
     assert verdict_line(replace(good, verdicts=one)) == "PASSED: 1 check"
     empty = replace(one[0], counted=False)
@@ -91,7 +93,7 @@ def test_what_proves_nothing_says_so(passed, sign):
         why="B is 0",
         counted=False,
     )
-    text = parity_text.lines(parity_reports.good(verdicts=(*parity_reports.good().verdicts, verdict)))
+    text = parity_text.check_lines(parity_reports.good(verdicts=(*parity_reports.good().verdicts, verdict)))
     at = text.index("zero")
     said = words(" ".join(text[at + 1 : text.index("", at)]))
     assert said.startswith(f"{sign} error / effect logits nan, no limit")
@@ -100,7 +102,7 @@ def test_what_proves_nothing_says_so(passed, sign):
 
 
 def test_text_marks_where_the_error_begins():
-    text = parity_text.lines(parity_reports.failed())
+    text = parity_text.check_lines(parity_reports.failed())
     assert [line.split()[1] for line in text if line.split()[:1] == [">>"]] == [parity_reports.CULPRIT]
 
 
@@ -142,7 +144,7 @@ def test_numbers_keep_what_matters():
 
 def test_share_is_worst_where_nothing_can_be_told():
     def of(value, limit):
-        return share(
+        return share_of_limit(
             Verdict(kind="error", name="", state="", output="", value=value, limit=limit, passed=True)
         )
 

@@ -70,6 +70,13 @@ def test_the_base_is_the_original_graph_bit_for_bit(session, tmp_path):
     assert np.array_equal(session.run(inputs)["y"], client(tmp_path / "base.onnx").run(["y"], inputs)[0])
 
 
+def test_requests_that_are_none(session):
+    with pytest.raises(BackendError, match=r"outputs of swap\.onnx are asked for twice"):
+        session.run(feeds(), outputs=["y", "y"])
+    with pytest.raises(BackendError, match="are of type list"):
+        session.run(list(feeds().values()))
+
+
 def test_a_then_b_then_a_gives_the_bits_of_a(session):
     inputs = feeds()
     first, other = session.run(inputs, "a")["y"], session.run(inputs, "b")["y"]

@@ -8,7 +8,7 @@ import torch
 
 from lora_export.parity.judge.limits import FACTOR, limit_of
 from lora_export.parity.judge.metrics import Distance, Tally
-from lora_export.runtimes.torch.ties import Choice, near_ties, record_choices, turn_ties
+from lora_export.runtimes.torch.ties import TopkCall, near_ties, record_choices, turn_ties
 
 SCORES = torch.tensor(
     [
@@ -62,7 +62,7 @@ def test_what_leaves_nothing_or_takes_otherwise_is_no_choice(call):
 def test_a_tie_is_nearer_than_what_the_dtype_loses_of_gaps():
     rng = np.random.default_rng(0)
     rounded = SCORES + torch.from_numpy(rng.normal(0, 1e-4, SCORES.shape))
-    ties = near_ties([Choice(SCORES, 2)], [Choice(rounded, 2)], FACTOR)
+    ties = near_ties([TopkCall(SCORES, 2)], [TopkCall(rounded, 2)], FACTOR)
 
     exact, found = SCORES.numpy(), rounded.numpy()
     order = np.argsort(-exact, axis=-1)
@@ -78,27 +78,27 @@ def test_a_token_that_went_elsewhere_before_makes_no_others_a_tie():
     rng = np.random.default_rng(0)
     scores = torch.from_numpy(rng.standard_normal((80, 60)))
     rounded = scores + torch.from_numpy(rng.normal(0, 1e-4, scores.shape))
-    before = near_ties([Choice(scores, 4)], [Choice(rounded, 4)], FACTOR)
+    before = near_ties([TopkCall(scores, 4)], [TopkCall(rounded, 4)], FACTOR)
     rounded[3] = torch.from_numpy(rng.standard_normal(60))
     rounded[7, 0] = -torch.inf
     scores[7, 0] = -torch.inf
-    after = near_ties([Choice(scores, 4)], [Choice(rounded, 4)], FACTOR)
+    after = near_ties([TopkCall(scores, 4)], [TopkCall(rounded, 4)], FACTOR)
     assert abs(after.near - before.near) <= 1
     assert after.gaps == pytest.approx(before.gaps, rel=0.2)
 
 
 def test_without_a_loss_nothing_is_a_tie():
-    assert near_ties([Choice(SCORES, 2)], [Choice(SCORES, 2)], FACTOR).near == 0
+    assert near_ties([TopkCall(SCORES, 2)], [TopkCall(SCORES, 2)], FACTOR).near == 0
 
 
 def test_runs_that_chose_among_different_things_can_not_be_compared():
-    ties = near_ties([Choice(SCORES, 2)], [Choice(SCORES[:2], 2)], FACTOR)
+    ties = near_ties([TopkCall(SCORES, 2)], [TopkCall(SCORES[:2], 2)], FACTOR)
     assert (ties.near, ties.of) == (0, 0)
 
 
 def test_only_ties_are_turned():
     rounded = SCORES + torch.tensor([0, 0, 1e-3, 0], dtype=torch.float64)  # of the third or of its rival
-    ties = near_ties([Choice(SCORES, 2)], [Choice(rounded, 2)], FACTOR)
+    ties = near_ties([TopkCall(SCORES, 2)], [TopkCall(rounded, 2)], FACTOR)
     with turn_ties(ties):
         turned = taken(SCORES)
     assert taken(SCORES) == [{0, 2}, {0, 2}, {0, 2}, {0, 1}]
@@ -107,9 +107,9 @@ def test_only_ties_are_turned():
 
 def test_each_call_has_its_own_gap():
     apart = SCORES * 1000
-    choices = [Choice(apart, 2), Choice(SCORES, 2)]
+    choices = [TopkCall(apart, 2), TopkCall(SCORES, 2)]
     noise = torch.tensor([0, 0, 1e-3, 0], dtype=torch.float64)
-    ties = near_ties(choices, [Choice(apart + noise, 2), Choice(SCORES + noise, 2)], FACTOR)
+    ties = near_ties(choices, [TopkCall(apart + noise, 2), TopkCall(SCORES + noise, 2)], FACTOR)
     with turn_ties(ties):
         first, second = taken(apart), taken(SCORES)
     assert first == taken(apart)
@@ -133,7 +133,7 @@ def test_what_ties_cost_is_added_and_is_a_larger_share_of_fewer_positions():
 def test_equal_scores_are_turned_too(dtype):
     scores = torch.tensor([[3.0, 0.9, 0.9, 0.1], [3.0, 0.9, 0.5, 0.1]], dtype=dtype)
     exact, noise = scores.double(), torch.tensor([[0, 1e-4, -1e-4, 0]], dtype=torch.float64)
-    ties = near_ties([Choice(exact, 2)], [Choice(exact + noise, 2)], FACTOR)
+    ties = near_ties([TopkCall(exact, 2)], [TopkCall(exact + noise, 2)], FACTOR)
     assert ties.near == 1
     with turn_ties(ties):
         turned = taken(scores)

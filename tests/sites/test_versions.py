@@ -1,8 +1,12 @@
 """Adapters of one version of transformers for bases of another, whose parts were renamed one by one."""
 
 import copy
+import functools
 import itertools
 import re
+import shutil
+import tempfile
+from pathlib import Path
 
 import onnxruntime as ort
 import pytest
@@ -105,9 +109,24 @@ def trained(model, targets, folder, changes, **options):
     config = LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False, **options)
     peft = get_peft_model(copy.deepcopy(model), config)
     peft.save_pretrained(folder)
+    rename_adapter(folder, changes)
+    return peft.merge_and_unload().state_dict()
+
+
+def rename_adapter(folder, changes):
     file, front = folder / "adapter_model.safetensors", "base_model.model."
     save_file({front + named(k[len(front) :], changes): v for k, v in load_file(file).items()}, file)
-    return peft.merge_and_unload().state_dict()
+
+
+@functools.cache
+def whole(name):
+    """Return a model, the folder of an adapter of all its layers, and its values with it.
+
+    The names are those of transformers 5. Tests share all three: do not change them.
+    """
+    torch.manual_seed(0)
+    model, folder = MODELS[name][0]().eval(), Path(tempfile.mkdtemp()) / "adapter"
+    return model, folder, trained(model, linears(model), folder, {})
 
 
 def stored(model, folder, changes):
@@ -134,11 +153,10 @@ def is_equal(folder, expected, changes):
 
 @pytest.mark.parametrize(("name", "of_adapter", "of_base"), CASES)
 def test_every_layer_of_a_whole_model(name, of_adapter, of_base, tmp_path, capsys):
-    torch.manual_seed(0)
-    make, versions = MODELS[name]
-    model = make().eval()
+    (model, saved, expected), versions = whole(name), MODELS[name][1]
     stored(model, tmp_path / "base", versions[of_base])
-    expected = trained(model, linears(model), tmp_path / "adapter", versions[of_adapter])
+    shutil.copytree(saved, tmp_path / "adapter")
+    rename_adapter(tmp_path / "adapter", versions[of_adapter])
     before = model.state_dict()
     assert any((v - before[n]).norm() > 0.01 * before[n].norm() for n, v in expected.items())
     assert merge(tmp_path) == 0, capsys.readouterr().err

@@ -271,7 +271,7 @@ def test_what_lies_in_a_set_is_asked_for_once(tmp_path, monkeypatch):
 
         def dying(held, runs=runs, own=own, asked=asked):
             asked.append(held)
-            return lease.Owner.RUNS if len(asked) <= runs else own(held)
+            return lease.HolderState.RUNS if len(asked) <= runs else own(held)
 
         before = files(tmp_path)
         monkeypatch.setattr(Lease, "owner", dying)

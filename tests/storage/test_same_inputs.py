@@ -339,16 +339,16 @@ def test_an_adapter_replaced_after_a_command_has_loaded_it(name, verb, tmp_path,
     (tmp_path / "out").mkdir()
     arguments = [str(word) for word in CASES[verb].arguments(tmp_path, tmp_path / "out")]
     module = import_module(f"lora_export.commands.{verb.replace('-', '_')}")
-    own = module.load_adapters
+    own = module.load_all
 
-    def load_adapters(*given):
+    def load_all(*given):
         loaded = own(*given)
         file = tmp_path / "adapter" / name
         (tmp_path / "next").write_bytes(file.read_bytes())
         (tmp_path / "next").replace(file)
         return loaded
 
-    monkeypatch.setattr(module, "load_adapters", load_adapters)
+    monkeypatch.setattr(module, "load_all", load_all)
     assert cli._run(arguments, False) == 1
     assert f"{tmp_path / 'adapter' / name}: replaced by another file" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())

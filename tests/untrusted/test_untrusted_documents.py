@@ -15,7 +15,7 @@ from lora_export.base.history.history import history_of
 from lora_export.demo.greedy import Expected
 from lora_export.engines.record import EngineRecord
 from lora_export.errors import CheckpointError, LoraExportError
-from lora_export.formats.reading.source import read_config
+from lora_export.formats.reading.source import read_adapter_config
 from lora_export.graph.captured import MODEL_KEY, Captured
 from lora_export.graph.data_identity import KEY as DATA_KEY
 from lora_export.graph.data_identity import refuse_changed_data
@@ -58,7 +58,7 @@ def _genai(path: Path) -> Any:
 
 
 READERS = {
-    "an adapter's config": lambda path: read_config(path, path.parent),
+    "an adapter's config": lambda path: read_adapter_config(path, path.parent),
     "a checkpoint's config": read_object,
     "a manifest": lambda path: Manifest.from_json(path.read_bytes()),
     "a graph's LoRA record": lambda path: LoraRecord.from_json(path.read_bytes()),

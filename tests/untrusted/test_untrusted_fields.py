@@ -31,9 +31,9 @@ from lora_export.untrusted.fields import (
     FieldError,
     Keys,
     Later,
-    Matches,
     Number,
     Size,
+    WholeMatch,
     from_plain,
 )
 
@@ -49,7 +49,7 @@ class Numbers:
     value: Number
     many: tuple[Number, ...] = ()
     maybe: Number | None = None
-    code: Annotated[str, Matches("[a-f]+", "letters from a to f")] = "a"
+    code: Annotated[str, WholeMatch("[a-f]+", "letters from a to f")] = "a"
     about: Annotated[Mapping[str, Any], Keys({"path": str, "n": Count}, {"more": list[Number]})] = field(
         default_factory=dict
     )

@@ -298,3 +298,10 @@ def test_what_onnx_can_not_infer_is_no_traceback(verb, tmp_path, capfd):
     said = capfd.readouterr()
     assert "Traceback" not in said.err + said.out
     assert "inference" not in said.err + said.out
+
+
+def test_the_other_name_of_onnx_own_domain(tmp_path):
+    """ONNX Runtime reads it as the same; we read a graph without operators' version, "opset 0"."""
+    made = model(opsets=(("ai.onnx", 20),))
+    onnx.save(made, tmp_path / "m.onnx")
+    assert load_graph(tmp_path / "m.onnx").model.opset_imports == {"": 20}

@@ -25,7 +25,7 @@ from lora_export.commands.printing import print_json, print_lines
 from lora_export.errors import AdapterError
 from lora_export.reports.parity.to_html import report_html
 from lora_export.reports.parity.to_junit import junit_xml
-from lora_export.reports.parity.to_text import lines as parity_lines
+from lora_export.reports.parity.to_text import check_lines as parity_lines
 from lora_export.reports.parity.to_text import report_text
 from lora_export.untrusted.shown import MAX_LINE, MAX_LISTED, safe, shown
 
@@ -180,7 +180,7 @@ def test_thousands_of_problems_are_cut_and_counted(
     def refuse(*_: Any) -> Any:
         raise AdapterError("many are wrong", "mend them", [f"problem {i}" for i in range(count)])
 
-    monkeypatch.setattr(verb, "load_adapters", refuse)
+    monkeypatch.setattr(verb, "load_all", refuse)
     assert run(["inspect", "x"]) == 1
     lines = capsys.readouterr().err.strip().split("\n")
     assert lines[0] == "Error: many are wrong"

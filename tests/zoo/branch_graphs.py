@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import torch
+from sessions import session_of
 from small_graphs import delta, error, random, run
 
 from lora_export import Adapter, LoraExportError, LoraModule
@@ -202,8 +202,4 @@ def run_bank(path: Path, weights: Any, feeds: Feeds) -> list[np.ndarray]:
 
 def unoptimised(path: Path, **feeds: np.ndarray) -> list[np.ndarray]:
     """Run without any of ONNX Runtime's fusions."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return list(session.run(None, feeds))
+    return list(session_of(path, unoptimised=True).run(None, feeds))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import tiny
 
@@ -17,23 +18,26 @@ from lora_export import (
 )
 from lora_export.binding.bind import bind_adapter
 from lora_export.graph.exposed import WEIGHTS_INPUT, LoraRecord, lora_record_of
-from lora_export.graph.onnx_file import load_graph
 
 Array = tiny.Array
 
 
 @cache
-def _opened(path: Path) -> tuple[LoraRecord, dict[str, Array]]:
-    graph = load_graph(path)
-    weights = {str(value.name): value.const_value.numpy() for value in graph.initializers()}
-    return lora_record_of(graph.model.metadata_props, path.name), weights
+def _opened(path: Path) -> tuple[LoraRecord, ir.Model]:
+    model = ir.load(path)
+    return lora_record_of(model.metadata_props, path.name), model
 
 
 def tensors(graph: Path, adapter: Path) -> dict[str, Array]:
     """Return what a swap graph is fed with for an adapter, W0 read from the graph itself."""
-    record, weights = _opened(graph)
-    bound = bind_adapter(load_adapter(adapter), record, where=graph.name, weight_of=weights.__getitem__)
-    return dict(bound.tensors)
+    record, model = _opened(graph)
+
+    def weight_of(name: str) -> Array:
+        weight = model.graph.initializers[name].const_value
+        assert weight is not None
+        return weight.numpy()
+
+    return dict(bind_adapter(load_adapter(adapter), record, where=graph.name, weight_of=weight_of).tensors)
 
 
 def run_swapped(arch: str, graph: Path, adapter: Path | None) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
-import onnxruntime as ort
+from sessions import session_of
 
 from lora_export import Adapter, LoraModule, SiteError, merge_onnx
 
@@ -126,10 +126,7 @@ def delta(module: LoraModule) -> np.ndarray:
 
 
 def run(path: Path, **feeds: np.ndarray) -> list[np.ndarray]:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return list(session.run(None, feeds))
+    return list(session_of(path).run(None, feeds))
 
 
 def error(got: np.ndarray, wanted: np.ndarray) -> float:

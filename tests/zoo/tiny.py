@@ -32,6 +32,7 @@ import onnx_ir
 import torch
 from exports_once import locked
 from numpy.typing import NDArray
+from sessions import session_of
 from tiny_models import ARCHITECTURES, HEADS, HIDDEN, KV_HEADS, VOCAB, Architecture, build
 from torch import nn
 
@@ -263,14 +264,7 @@ def feeds(arch: str, onnx_path: Path) -> dict[str, Array]:
 
 def run(onnx_path: Path, inputs: dict[str, Array]) -> Array:
     """Return the graph's first output by onnxruntime on one CPU thread."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    if _UNOPTIMISED:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(str(onnx_path), options, providers=["CPUExecutionProvider"])
+    session = session_of(onnx_path, bool(_UNOPTIMISED))
     first = session.get_outputs()[0].name
     return np.asarray(session.run([first], inputs)[0])
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from lora_export.adapter import Array
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.names import Part
+from lora_export.base.checkpoint.names import StoredPart
 from lora_export.storage.safetensors import DTYPES
 
 # Values that are read, cast and written at a time.
@@ -33,7 +33,7 @@ class Weights:
             NaN in the checkpoint; known when they have been read.
     """
 
-    def __init__(self, checkpoint: Checkpoint, parts: Mapping[str, tuple[Part, ...]]) -> None:
+    def __init__(self, checkpoint: Checkpoint, parts: Mapping[str, tuple[StoredPart, ...]]) -> None:
         self._checkpoint, self._parts = checkpoint, parts
         self.lost: dict[str, bool] = {}
 
@@ -115,7 +115,7 @@ class _Streamed(ir.LazyTensor):
             file.write(block.view(np.uint8).data)
 
 
-def shape_of_parts(checkpoint: Checkpoint, parts: Sequence[Part]) -> tuple[int, ...]:
+def shape_of_parts(checkpoint: Checkpoint, parts: Sequence[StoredPart]) -> tuple[int, ...]:
     """Return the shape of a parameter that is made from stored tensors."""
     shapes = [_turned_shape(checkpoint, part) for part in parts]
     if parts[0].expert is None:
@@ -127,15 +127,15 @@ def shape_of_parts(checkpoint: Checkpoint, parts: Sequence[Part]) -> tuple[int, 
     return (len(experts), sum(shape[0] for shape in first), *first[0][1:])
 
 
-def _turned_shape(checkpoint: Checkpoint, part: Part) -> tuple[int, ...]:
+def _turned_shape(checkpoint: Checkpoint, part: StoredPart) -> tuple[int, ...]:
     shape = checkpoint.tensors[part.tensor].shape
     return (*shape[:-2], shape[-1], shape[-2]) if part.transposed else shape
 
 
-def _joined(checkpoint: Checkpoint, parts: Sequence[Part]) -> Array:
+def _joined(checkpoint: Checkpoint, parts: Sequence[StoredPart]) -> Array:
     """Return a parameter's values: one tensor, or experts of several pieces each, stacked."""
 
-    def read(part: Part) -> Array:
+    def read(part: StoredPart) -> Array:
         values = checkpoint.read(part.tensor)
         return values.swapaxes(-1, -2) if part.transposed else values
 

@@ -116,9 +116,7 @@ def capture_checkpoint(
     tell_stage(f"capturing {path} (seconds for a small model, minutes for 1B)")
     if trace == "outline" or (trace == "auto" and not replaced):
         try:
-            _write_outlined(
-                path, output, replace(way, in_outline=True), proven=proven, share_from=share_from
-            )
+            _write_outlined(path, output, replace(way, in_outline=True), proven=proven, share_from=share_from)
             return output
         except CannotOutline as error:
             if trace == "outline":
@@ -130,7 +128,7 @@ def capture_checkpoint(
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How a folder is captured.
+    """Options of a capture.
 
     Attributes:
         dtype: As for `capture_checkpoint`.
@@ -161,7 +159,13 @@ class CannotOutline(Exception):
 
 
 def _write_outlined(
-    path: Path, output: Path, way: Way, *, proven: bool, share_from: Path | None = None
+    path: Path,
+    output: Path,
+    way: Way,
+    *,
+    proven: bool,
+    share_from: Path | None = None,
+    is_twin: bool = False,
 ) -> None:
     """Write a folder's graph, traced without its weights or kept from a folder of the same config."""
     check_folder(path)
@@ -170,7 +174,8 @@ def _write_outlined(
     except CheckpointError as error:  # other files than safetensors, which transformers may read
         raise CannotOutline(f"{path} can't be traced without its weights: {error.message}") from error
     key = key_of(checkpoint, asdict(way) | {"proven": proven, "shared": share_from is not None})
-    kept = find(key)
+    # A twin's folder is of this capture alone.
+    kept = None if is_twin else find(key)
     if kept is None:
         loading = look_at(path)
         proof = _twin_proof(path, output, loading, way, proven=proven, in_place=share_from is None)
@@ -179,7 +184,8 @@ def _write_outlined(
         kept = _in_outline(checkpoint, loading, way)
         if proof is not None:
             kept.graph.metadata_props.update(proof.to_metadata())
-        keep(key, kept)
+        if not is_twin:
+            keep(key, kept)
     weights = Weights(checkpoint, kept.parts)
     linked = set()
     for name in kept.parts:
@@ -219,19 +225,22 @@ def _twin_proof(
         output: The graph's file.
         loading: The folder's class and config.
         way: How it is captured.
-        proven: Whether a proof is wanted.
-        in_place: Whether the graph finds its weights where it is written.
+        proven: True if a proof is wanted.
+        in_place: True if the graph finds its weights where it is written.
     """
 
     def capture(folder: Path, graph: Path, dtype: str) -> None:
         own = replace(way, dtype=dtype, replaced=())
-        (_write_outlined if way.in_outline else _write_loaded)(folder, graph, own, proven=False)
+        if way.in_outline:
+            _write_outlined(folder, graph, own, proven=False, is_twin=True)
+        else:
+            _write_loaded(folder, graph, own, proven=False)
 
     if proof := not_proven(proven):
         return proof
     if in_place and is_own_twin(path, way.dtype) and not way.replaced:
         return None
-    return prove_by_twin(path, loading, way.dtype, output.parent, capture)
+    return prove_by_twin(path, loading, way.dtype, beside=output.parent, capture=capture)
 
 
 def _prove_saved(graph: ir.Model, output: Path, path: Path, dtype: str) -> None:
@@ -366,6 +375,8 @@ def _save(
     graph = unload_from_model(graph, output.parent, data.name, size_threshold_bytes=_INLINE_BYTES)
     for value, tensor in kept.items():
         value.const_value = tensor
+    if is_file(data) and not data.stat().st_size:
+        data.unlink()
     files = {data.name: hash_written(data, data.name)} if is_file(data) else {}
     # What is not copied is not read either: these are known by a sample of them.
     for place in {str(tensor.location) for tensor in kept.values() if isinstance(tensor, ir.ExternalTensor)}:

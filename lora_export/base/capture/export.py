@@ -260,9 +260,10 @@ def require(*names: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's kind and the first line of its message."""
+    """Return an error's kind and the first line of its message, with the next one if it ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {said[:300]}"
 
 
 @contextlib.contextmanager

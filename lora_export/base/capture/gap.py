@@ -43,7 +43,7 @@ Answers = Sequence[Mapping[str, "torch.Tensor"]]
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """How far a graph's answers are from PyTorch's.
+    """Distance of a graph's answers from PyTorch's.
 
     Attributes:
         error: Largest difference, relative to the largest expected value of the output.
@@ -61,7 +61,7 @@ class Gap:
         """Raise `GraphError` if the error is above the limit.
 
         Args:
-            whose: What was compared, for the message.
+            whose: Name of the model for the message.
         """
         if not self.error <= self.limit:
             raise GraphError(

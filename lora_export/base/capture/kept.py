@@ -24,7 +24,7 @@ import onnx_ir as ir
 import lora_export.base.capture
 import lora_export.base.kinds
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.names import Part
+from lora_export.base.checkpoint.names import StoredPart
 from lora_export.base.kinds.model_kind import PROCESSOR
 from lora_export.errors import LoraExportError, OutputError
 from lora_export.graph.read_model import read_model
@@ -52,7 +52,7 @@ class Kept:
     """
 
     graph: ir.Model
-    parts: Mapping[str, tuple[Part, ...]]
+    parts: Mapping[str, tuple[StoredPart, ...]]
 
 
 def key_of(checkpoint: Checkpoint, options: Mapping[str, object]) -> str:
@@ -118,7 +118,7 @@ def _read(path: Path) -> Kept:
     graph = read_model(path)
     graph.metadata_props.pop(seal.KEY, None)
     written = parse_json(graph.metadata_props.pop(_PARTS, "null").encode())
-    parts = check_plain(Mapping[str, tuple[Part, ...]], written, "parts")
+    parts = check_plain(Mapping[str, tuple[StoredPart, ...]], written, "parts")
     weights = {name for name, value in graph.graph.initializers.items() if _is_nowhere(value)}
     if weights != parts.keys():
         raise FieldError(["parts: not those of the graph's weights"])

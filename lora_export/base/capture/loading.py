@@ -34,6 +34,8 @@ EXPORT_YOURSELF = (
 # Defaults of generating texts, which transformers copies several times: 15 MB of it took 1.1 GB and 36 s. The
 # largest published ones (Whisper's) have some kilobytes.
 _GENERATION, _GENERATION_BYTES = "generation_config.json", 1 << 19
+# Of weights with other shapes: in most cases all have them for one number.
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,14 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
                 trust_remote_code=False,
                 attn_implementation=attention_of(loading.config),
                 output_loading_info=True,
+                # Else it raises an error without their names, which are in a report on its log.
+                ignore_mismatched_sizes=True,
             )
         except CheckpointError:
             raise
         except Exception as error:  # transformers, safetensors and torch raise many kinds
             raise _cant_load(path, error) from error
+    _refuse_mismatched(lacks["mismatched_keys"], path)
     _refuse_missing(lacks["missing_keys"], path, replaced)
     _refuse_infinite(model, path, dtype)
     return model.eval(), tuple(sorted(lacks["missing_keys"]))
@@ -174,6 +179,16 @@ def _refuse_adapter_beside(path: Path) -> None:
             "if PEFT is installed",
             "move adapter_config.json and the adapter's weights to a folder of their own, and give that as "
             "the adapter",
+        )
+
+
+def _refuse_mismatched(found: Collection[tuple[str, Any, Any]], path: Path) -> None:
+    """Refuse weights of other sizes than the config's, which transformers has made up."""
+    if found:
+        raise CheckpointError(
+            f"{len(found)} weights of {path} have other shapes than its config.json makes",
+            "give the config.json that the weights were saved with",
+            sorted(f"{name}: {list(seen)}, wanted {list(wanted)}" for name, seen, wanted in found)[:_SHOWN],
         )
 
 

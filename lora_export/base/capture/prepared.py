@@ -14,7 +14,7 @@ from lora_export.base.capture.export import named_tensors, quiet, run_module, te
 from lora_export.base.capture.loading import EXPORT_YOURSELF
 from lora_export.base.capture.work import refuse_much_work
 from lora_export.base.kinds import kind_of
-from lora_export.errors import CheckpointError
+from lora_export.errors import CheckpointError, GraphError
 from lora_export.graph.captured import PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE, Captured
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def prepare(
 
     Raises:
         CheckpointError: The model has no cache, or attends in another way.
-        GraphError: It fails on the example.
+        GraphError: The model fails on the example.
     """
     import torch
 
@@ -70,9 +70,7 @@ def prepare(
         if fused:
             switch_cache(model, False)
             use_node(model, inputs, path)
-        switch_cache(model, True)
-        outputs = run_module(model, inputs)
-        switch_cache(model, False)
+        outputs = _outputs(model, inputs)
         captured = _describe(model, kind, outputs, dtype=dtype, kv_cache=kv_cache)
         if not kv_cache:
             shapes = {name: _dynamic(kind, name, captured.smallest) for name in inputs}
@@ -137,6 +135,18 @@ def _batch_experts(model: Any) -> None:
             model.set_experts_implementation("batched_mm")
 
 
+def _outputs(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """Return what a model gives with a cache, which tells a decoder; T5's encoder refuses to have one."""
+    switch_cache(model, True)
+    try:
+        return run_module(model, inputs)
+    except GraphError:
+        switch_cache(model, False)
+        return run_module(model, inputs)
+    finally:
+        switch_cache(model, False)
+
+
 def example_inputs(model: Any, path: Path) -> dict[str, Any]:
     """Return inputs that a model runs with.
 
@@ -158,7 +168,7 @@ def known_kind(model: Any, path: Path) -> ModelKind:
     """Return a model's kind.
 
     Raises:
-        CheckpointError: It is of none.
+        CheckpointError: The model is of none.
     """
     if kind := kind_of(model):
         return kind

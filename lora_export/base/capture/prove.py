@@ -55,7 +55,7 @@ def prove_model(graph: Path, folder: Path, dtype: str) -> Proof:
         dtype: Dtype of the graph.
 
     Raises:
-        GraphError: It answers otherwise.
+        GraphError: The graph answers otherwise.
     """
     gap = _compare(graph, folder, dtype)
     gap.refuse_large(str(folder))

@@ -8,11 +8,14 @@ Rules, without which nothing is stamped:
 3. A layer's results are its state and its part of the cache.
 4. The first and the last layer of a kind have the same nodes, constants included: code that asks for the
    number of its layer would tell them apart.
+5. A layer's state goes out as large as it came in: what is behind the layers is traced for the sizes that the
+   cut model makes, and with more layers that halve a sound it would be others.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 
@@ -60,6 +63,7 @@ class _Layers:
         self.states = [self._state_into(number) for number in range(1, len(stack.chosen))]
         self._last = self._state_out()
         self._check_results()
+        self._check_sizes()
         for first, last in stack.alike:
             _Comparison(self, first, last).check()
 
@@ -163,6 +167,13 @@ class _Layers:
                 raise CannotStamp(f"layer {number} gives {others[0].name!r} as well")
             if state.is_graph_output():
                 raise CannotStamp(f"the state {state.name!r} is an output")
+
+    def _check_sizes(self) -> None:
+        """Rule 5, of all but the first, which is not copied."""
+        ways = [*self.states, self._last]
+        for number, (before, after) in enumerate(itertools.pairwise(ways), 1):
+            if _sizes(before) is None or _sizes(before) != _sizes(after):
+                raise CannotStamp(f"layer {number} makes {after.shape} of {before.shape}")
 
     def copy_all(self) -> None:
         """Write the layers behind the first again, and drop those that they were copied from."""
@@ -355,6 +366,13 @@ class _Copy:
 
     def _renamed(self, text: str) -> str:
         return self._layers.renamed(text, self._number, self._index)
+
+
+def _sizes(value: ir.Value) -> list[int | str] | None:
+    """Return a value's sizes; None if one of them is unknown."""
+    sizes = [] if value.shape is None else [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+    known = [size for size in sizes if size is not None]
+    return known if value.shape is not None and len(known) == len(sizes) else None
 
 
 def _order(value: ir.Value) -> tuple[int, bool]:

@@ -19,7 +19,7 @@ from lora_export.base.capture.outline import Stack, build_outline, cut, find_sta
 from lora_export.base.capture.prepared import Traced
 from lora_export.base.capture.stamp import CannotStamp, stamp
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.names import Part, loaded_parts
+from lora_export.base.checkpoint.names import StoredPart, loaded_parts
 from lora_export.progress import tell_stage
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _refuse_what_loading_changes(kind: Any, config: Any, dtype: torch.dtype) -> 
 
 def _stored(
     model: Any, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[Part, ...]]:
+) -> dict[str, tuple[StoredPart, ...]]:
     """Return the stored tensors of each parameter and buffer that a checkpoint has to have.
 
     Raises:
@@ -111,7 +111,7 @@ def _stored(
     ends: dict[int, list[str]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         ends.setdefault(id(value), []).append(name)
-    parts: dict[str, tuple[Part, ...]] = {}
+    parts: dict[str, tuple[StoredPart, ...]] = {}
     for names in ends.values():
         stored = {found[name] for name in names if name in found}
         if len(stored) != 1:

@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_export.base.checkpoint.module_counts import weights_bytes
 from lora_export.errors import CheckpointError
 from lora_export.untrusted.fields import seen
 
@@ -29,6 +30,15 @@ _LARGE = re.compile(
     r"|base|rope|seed|floor|offset|rates?|samples?|pixels?|labels|classes|steps?|freq|frequency|seq|seqlen|words"
     r"|buckets|embeddings|cutoffs?|distance)(?:_.*)?"
 )
+# Models that make a table of positions as lists of Python when they are built, 60 bytes a value, by the
+# config's model_type. The largest published tables have a million values.
+_TABLES = frozenset(
+    {
+        *("distilbert", "flaubert", "marian", "pegasus", "roformer", "xlm"),
+        *("autoformer", "informer", "time_series_transformer"),
+    }
+)
+_TABLE_VALUES, _BYTES_A_TABLE_VALUE = 1 << 21, 16
 
 
 def refuse_many_layers(folder: Path, config: Mapping[str, Any]) -> None:
@@ -79,6 +89,22 @@ def refuse_large_numbers(folder: Path, config: Any) -> None:
             f"{folder}/config.json has numbers that are larger than in any model",
             "download it again, or write the numbers that the weights have",
             problems,
+        )
+    _refuse_long_tables(folder, config)
+
+
+def _refuse_long_tables(folder: Path, config: Any) -> None:
+    """Refuse a table of positions, made before any weight is read, that is too long for the weights."""
+    sizes = [getattr(config, name, None) for name in ("max_position_embeddings", "hidden_size")]
+    if config.model_type not in _TABLES or not all(isinstance(size, int) for size in sizes):
+        return
+    positions, width = sizes
+    stored = weights_bytes(folder)
+    if positions * width > _TABLE_VALUES + stored // _BYTES_A_TABLE_VALUE:
+        raise CheckpointError(
+            f"{folder}/config.json asks for a table of {positions} positions of {width} values, but its "
+            f"weights are {stored} bytes",
+            "download it again, or write the number of positions that it has (max_position_embeddings)",
         )
 
 

@@ -85,7 +85,7 @@ def _folder_of(checkpoint: Checkpoint, changed: Mapping[str, Any] | None) -> Ite
         yield folder
 
 
-def kind_of(module: Any) -> Kind | None:
+def module_kind(module: Any) -> Kind | None:
     """Return the kind of a PyTorch module as adapters know it; None for any other class."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -141,7 +141,7 @@ class LoadedNames:
         return name
 
 
-def model_names(renaming: LoadedNames, tensors: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def loaded_names(renaming: LoadedNames, tensors: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the model's name and the stored name of each tensor that is loaded as it is."""
     for stored in tensors:
         name, pattern, _ = renaming.loaded(stored)

@@ -14,13 +14,13 @@ from functools import cached_property
 from typing import Any
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.meta_model import LoadedNames, build_model, kind_of
+from lora_export.base.checkpoint.meta_model import LoadedNames, build_model, module_kind
 from lora_export.errors import install_line
 from lora_export.formats.reading.wrappers import strip_wrappers
-from lora_export.sites.experts import Held
+from lora_export.sites.experts import ExpertLayout
 from lora_export.sites.naming.known_names import KnownNames
 from lora_export.sites.naming.names import Named
-from lora_export.sites.naming.renaming import NOT_FOUND, Problem, Renaming, rename
+from lora_export.sites.naming.renaming import NOT_FOUND, NamingProblem, Renaming, rename
 from lora_export.sites.naming.towers import Kinds, kinds_of_class
 from lora_export.untrusted.numbers import whole_number
 
@@ -29,7 +29,7 @@ _NO_TRANSFORMERS = f"transformers' table of renamed modules could not be asked: 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class StoredPart:
     """Stored tensor that holds a parameter, or some rows of it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Names:
         self._checkpoint = checkpoint
         self._stored = _unwrapped(checkpoint.tensors)
         self._known = self._known_of(self._stored)
-        self._held: dict[str, Held | None] = {}
+        self._held: dict[str, ExpertLayout | None] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -87,7 +87,7 @@ class Names:
         reasons = {number: _reason(found.problems.get(number, NOT_FOUND), problem) for number in missing}
         return replace(found, problems=found.problems | reasons)
 
-    def _known_of(self, table: Mapping[str, tuple[Part, ...]]) -> KnownNames:
+    def _known_of(self, table: Mapping[str, tuple[StoredPart, ...]]) -> KnownNames:
         return KnownNames(
             table, lambda name: self._shape(table[name]), lambda: kinds_of_class(self._checkpoint.config)
         )
@@ -97,11 +97,11 @@ class Names:
         """Kinds of model that the checkpoint is, as far as its config and its names tell."""
         return self._known.kinds
 
-    def parts(self, name: str) -> tuple[Part, ...]:
+    def parts(self, name: str) -> tuple[StoredPart, ...]:
         """Return the tensors that hold a parameter, by its path from `rename`; none if it is not stored."""
         return self._stored.get(name) or (self._renamed[0].get(name, ()) if self._is_renamed else ())
 
-    def find(self, parameter: str) -> tuple[Part, ...]:
+    def find(self, parameter: str) -> tuple[StoredPart, ...]:
         """Return the tensors that hold one parameter; none if it is not stored, or several may be meant."""
         found = self.rename([Named(parameter)])
         (name,) = found.names
@@ -110,7 +110,7 @@ class Names:
     def _kind(self, found: Renaming, number: int) -> str:
         return found.problems.get(number, NOT_FOUND).kind
 
-    def _shape(self, parts: Sequence[Part]) -> tuple[int, ...] | None:
+    def _shape(self, parts: Sequence[StoredPart]) -> tuple[int, ...] | None:
         """Return the shape of a parameter that is stored as one tensor."""
         (part, *more) = parts
         if more or part.expert is not None or part.piece != (0, 1):
@@ -118,7 +118,7 @@ class Names:
         return self._checkpoint.tensors[part.tensor].shape
 
     def _missing(
-        self, named: Sequence[Named], found: Renaming, table: Mapping[str, tuple[Part, ...]]
+        self, named: Sequence[Named], found: Renaming, table: Mapping[str, tuple[StoredPart, ...]]
     ) -> list[int]:
         return [number for number, name in enumerate(found.names) if name is None or name not in table]
 
@@ -127,7 +127,7 @@ class Names:
         """True if transformers was asked, which imports torch."""
         return "_renamed" in self.__dict__
 
-    def held(self, parameter: str) -> Held | None:
+    def held(self, parameter: str) -> ExpertLayout | None:
         """Return the layout of a parameter in the model's own module, as transformers builds it.
 
         Without transformers, or for a model that it doesn't know, the layout is the stored one. None if no
@@ -145,7 +145,7 @@ class Names:
             return None
         return shape, f"{parts[0].tensor.rpartition('.')[0]}.bias" in self._checkpoint.tensors
 
-    def _look_up(self, parameter: str) -> Held | None:
+    def _look_up(self, parameter: str) -> ExpertLayout | None:
         shapes = self._shapes
         names: list[str] = [parameter] if parameter in shapes else []
         # Other components may be in front, in both paths; all parameters that may be meant have to be alike.
@@ -154,13 +154,15 @@ class Names:
         found = set()
         for name in names:
             owner = self._model[0].get_submodule(name.rpartition(".")[0])
-            found.add(Held(shapes[name], bool(getattr(owner, "is_transposed", False)), kind_of(owner)))
+            found.add(
+                ExpertLayout(shapes[name], bool(getattr(owner, "is_transposed", False)), module_kind(owner))
+            )
         if found:
             return found.pop() if len(found) == 1 else None
         parts = self.find(parameter)
         if len(parts) != 1:
             return None
-        return Held(self._checkpoint.tensors[parts[0].tensor].shape, None)
+        return ExpertLayout(self._checkpoint.tensors[parts[0].tensor].shape, None)
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -180,7 +182,7 @@ class Names:
             return None, f"transformers cannot build the model: {type(error).__name__}: {error}"
 
     @cached_property
-    def _renamed(self) -> tuple[dict[str, tuple[Part, ...]], str]:
+    def _renamed(self) -> tuple[dict[str, tuple[StoredPart, ...]], str]:
         """Transformers' renaming, asked for only if a name was not found."""
         model, problem = self._model
         if model is None:
@@ -197,26 +199,26 @@ def _tails(name: str) -> Iterator[str]:
     return (".".join(parts[start:]) for start in range(1, len(parts) - 1))
 
 
-def _unwrapped(names: Iterable[str]) -> dict[str, tuple[Part, ...]]:
+def _unwrapped(names: Iterable[str]) -> dict[str, tuple[StoredPart, ...]]:
     """Return the parts by their paths without wrappers; two that would become one keep their names."""
     plain = {name: strip_wrappers(name) for name in names}
     count = Counter(plain.values())
-    return {path if count[path] == 1 else name: (Part(tensor=name),) for name, path in plain.items()}
+    return {path if count[path] == 1 else name: (StoredPart(tensor=name),) for name, path in plain.items()}
 
 
-def _reason(problem: Problem, asked: str) -> Problem:
+def _reason(problem: NamingProblem, asked: str) -> NamingProblem:
     """Add to a problem the reason why transformers could not be asked."""
     detail = problem.detail or NO_TENSOR
     return replace(problem, detail=f"{detail} ({asked})" if asked else detail)
 
 
-def loaded_parts(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[Part, ...]]:
+def loaded_parts(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[StoredPart, ...]]:
     """Return the parameters of a model as transformers would load them from this checkpoint."""
     renaming = LoadedNames(model)
-    found: dict[str, list[Part]] = {}
+    found: dict[str, list[StoredPart]] = {}
     for stored in checkpoint.tensors:
         target, pattern, converter = renaming.loaded(stored)
-        part = Part(tensor=stored, reason="transformers' renaming")
+        part = StoredPart(tensor=stored, reason="transformers' renaming")
         if pattern is not None:
             stacked = _stacked(stored, pattern, converter)
             if stacked is None:
@@ -229,7 +231,7 @@ def loaded_parts(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[Part, ..
     }
 
 
-def _stacked(stored: str, pattern: str, converter: Any) -> Part | None:
+def _stacked(stored: str, pattern: str, converter: Any) -> StoredPart | None:
     """Return the part, with expert and rows, that a tensor becomes; None for an unknown conversion."""
     operations = [
         (type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations
@@ -238,7 +240,7 @@ def _stacked(stored: str, pattern: str, converter: Any) -> Part | None:
         (turn,) = converter.operations
         # ``check_dims``: the orientation depends on the shape, which is decided later.
         always = (turn.dim0, turn.dim1) in ((0, 1), (1, 2)) and not turn.check_dims
-        return Part(tensor=stored, reason="transformers' renaming", transposed=True) if always else None
+        return StoredPart(tensor=stored, reason="transformers' renaming", transposed=True) if always else None
     if operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         return None
     numbers = [number for word in stored.split(".") if (number := whole_number(word)) is not None]
@@ -247,4 +249,6 @@ def _stacked(stored: str, pattern: str, converter: Any) -> Part | None:
     sources = list(converter.source_patterns)
     # The expert's number is the last one of the name: ``layers.3.mlp.experts.17.up_proj.weight``.
     piece = (sources.index(pattern), len(sources))
-    return Part(tensor=stored, expert=numbers[-1], piece=piece, reason="transformers' stacking of experts")
+    return StoredPart(
+        tensor=stored, expert=numbers[-1], piece=piece, reason="transformers' stacking of experts"
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import CheckpointError
-from lora_export.machines.held import Held
+from lora_export.machines.held_setting import HeldSetting
 
 _KEY = "auto_map"
 # Keys that name a kernel, one of the hub if it has a "/" (transformers ``integrations/hub_kernels.py``).
@@ -108,7 +108,7 @@ def _ask_no_more() -> Callable[[], None]:
     return put_back
 
 
-_SWITCH = Held(_ask_no_more)
+_SWITCH = HeldSetting(_ask_no_more)
 
 
 def never_asked() -> contextlib.AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.meta_model import LoadedNames, build_model, model_names
+from lora_export.base.checkpoint.meta_model import LoadedNames, build_model, loaded_names
 from lora_export.base.ties.ties import may_be_tied
 
 _KEY = "vocab_size"
@@ -62,7 +62,7 @@ def _expected(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, tu
     try:
         model = build_model(checkpoint, config)
         meta = model.state_dict()
-        names = model_names(LoadedNames(model), checkpoint.tensors)
+        names = loaded_names(LoadedNames(model), checkpoint.tensors)
         return {stored: tuple(meta[name].shape) for name, stored in names if name in meta}
     except Exception:  # no transformers, or a model that it can't build: shapes alone decide
         return {}
@@ -111,7 +111,7 @@ def rows_hint(
     return f"the adapter was trained with new tokens: {resize_hint(seen[0])}{rows if may_resize else ''}"
 
 
-def is_head(path: str) -> bool:
+def is_task_head(path: str) -> bool:
     """Return True if a parameter is, by its name, of a head for a task."""
     return _leaf(path) in _HEADS and may_be_tied(path)
 
@@ -125,7 +125,7 @@ def head_hint(path: str, shape: tuple[int, ...], classes: Sequence[str] = (), *,
         classes: Classes of transformers that put such a head on the base, if known.
         of_graph: True if the base is a graph.
     """
-    if not is_head(path):
+    if not is_task_head(path):
         return ""
     is_counted = _leaf(path) != _INNER
     count, labels = (f" of {shape[0]} labels", f", num_labels={shape[0]}") if is_counted else ("", "")

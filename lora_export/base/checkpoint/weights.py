@@ -12,17 +12,17 @@ import onnx_ir as ir
 
 from lora_export.adapter import Adapter, Array
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.names import Names, Part
+from lora_export.base.checkpoint.names import Names, StoredPart
 from lora_export.base.checkpoint.quantised import Quantised, find_quantised
 from lora_export.base.ties.ties import Tie, Ties, find_ties
 from lora_export.base.ties.twins import Twins
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph.data_identity import DataTensor
 from lora_export.graph.onnx_file import GraphFile, shape_of
-from lora_export.sites.experts import is_turned, settle
+from lora_export.sites.experts import is_turned, settle_layout
 from lora_export.sites.naming.names import Named
 from lora_export.sites.naming.towers import Kinds
-from lora_export.sites.target import Stack, Target, Wanted
+from lora_export.sites.target import ExpertStack, Target, Wanted
 
 
 class CheckpointWeights:
@@ -80,7 +80,7 @@ class CheckpointWeights:
 
     def settled(self, adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
         """Return the adapter with the layout of this base's experts, and notes on that."""
-        return settle(adapter, self._names.held)
+        return settle_layout(adapter, self._names.held)
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -206,7 +206,7 @@ class AdapterWeights:
         tie = ties.of(parts[0].tensor) if parts else next(iter(ties.absent(name) or ()), None)
         return isinstance(tie, Tie) and len(tie.tensors) > 1
 
-    def _experts(self, target: Target, parts: Sequence[Part]) -> Stack | None:
+    def _experts(self, target: Target, parts: Sequence[StoredPart]) -> ExpertStack | None:
         """Return each expert's matrix, joined if it is stored in pieces."""
         if len(parts) == 1 and parts[0].expert is None:
             return self._stacked(target, parts[0])
@@ -217,9 +217,11 @@ class AdapterWeights:
             len(tensors) != parts[0].piece[1] for tensors in pieces.values()
         ):
             return None
-        return Stack(lambda expert: np.concatenate([self._quantised.values(name) for name in pieces[expert]]))
+        return ExpertStack(
+            lambda expert: np.concatenate([self._quantised.values(name) for name in pieces[expert]])
+        )
 
-    def _stacked(self, target: Target, part: Part) -> Stack | None:
+    def _stacked(self, target: Target, part: StoredPart) -> ExpertStack | None:
         """Return the matrices of one tensor that holds all experts."""
         shape = self._quantised.checkpoint.tensors[part.tensor].shape
         if len(shape) != 3 or shape[0] != target.experts:
@@ -233,7 +235,7 @@ class AdapterWeights:
             values: Array = (self._quantised.values(part.tensor) if whole is None else whole)[expert]
             return values.T if turned else values
 
-        return Stack(matrix)
+        return ExpertStack(matrix)
 
 
 def link_weights(graph: GraphFile, checkpoint: Checkpoint) -> set[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_export.adapter import Adapter
 from lora_export.errors import CheckpointError
-from lora_export.formats.reading.scope import share
+from lora_export.formats.reading.scope import overlap
 from lora_export.storage.inputs import note_inputs
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import FieldError, from_plain
@@ -74,7 +74,7 @@ class History:
     Attributes:
         adapters: SHA-256 of an adapter's file → its merged parts (`Adapter.part`; an empty text for all of
             it), each with the adapter's name.
-        changed: Stored weight, and each parameter in it (`part_of`) → the adapters that changed it.
+        changed: Stored weight, and each parameter in it (`rows_name`) → the adapters that changed it.
     """
 
     adapters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class History:
         found = [
             f"'{name}'" + (f", its part {part.removeprefix('None').removeprefix(':')}" if part else "")
             for part, name in before.items()
-            if share(part or None, adapter.part, adapter.flattened)
+            if overlap(part or None, adapter.part, adapter.flattened)
         ]
         return f"{adapter.name} (as {'; '.join(found)})" if found else ""
 
@@ -131,7 +131,7 @@ def history_of(manifest: Path, graph: Path | None = None) -> History:
     changed = defaultdict(list, {place: list(names) for place, names in earlier.changed.items()})
     for row in record.plan.rows:
         for place in row.place.split(", ") if row.action not in ("refused", "unchanged") else ():
-            for stored in (place, part_of(place, row.parameter)):
+            for stored in (place, rows_name(place, row.parameter)):
                 changed[stored].append(row.adapter)
     return History(adapters, dict(changed))
 
@@ -141,6 +141,6 @@ def _parts(merged: str | Mapping[str, str]) -> dict[str, str]:
     return {"": merged} if isinstance(merged, str) else dict(merged)
 
 
-def part_of(stored: str, parameter: str) -> str:
+def rows_name(stored: str, parameter: str) -> str:
     """Return the name of a parameter that is some rows of a stored weight."""
     return f"{stored} of {parameter}"

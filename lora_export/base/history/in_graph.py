@@ -13,7 +13,7 @@ from lora_export.adapter import Adapter
 from lora_export.base.history.history import History
 from lora_export.errors import AdapterError, GraphError
 from lora_export.formats.provenance import is_converted
-from lora_export.formats.reading.scope import share
+from lora_export.formats.reading.scope import overlap
 
 MERGED_KEY = "lora_export.merged"
 MERGED_BASE_KEY = "lora_export.merged_base"
@@ -44,14 +44,14 @@ def entries_before(history: History) -> str:
     )
 
 
-def joined(*entries: str) -> str:
+def joined_entries(*entries: str) -> str:
     """Join texts of entries."""
     return _SEPARATOR.join(filter(None, entries))
 
 
 def merged_in(metadata: Mapping[str, str]) -> str:
     """Return all entries of a graph's metadata."""
-    return joined(metadata.get(CAPTURED_KEY, ""), metadata.get(MERGED_KEY, ""))
+    return joined_entries(metadata.get(CAPTURED_KEY, ""), metadata.get(MERGED_KEY, ""))
 
 
 def merged_parts(merged: str, sha256: str) -> list[str | None]:
@@ -124,7 +124,7 @@ def refuse_bound(adapter: Adapter, merged: str, where: str) -> None:
 def _is_in(merged: str, adapter: Adapter) -> bool:
     converted = is_converted(adapter.config)
     sha256 = str(adapter.config.get("adapter_sha256", "")) if converted else adapter.sha256
-    return any(share(part, adapter.part, adapter.flattened) for part in merged_parts(merged, sha256))
+    return any(overlap(part, adapter.part, adapter.flattened) for part in merged_parts(merged, sha256))
 
 
 def _entry(name: str, sha256: str, weight: str, part: str | None) -> str:

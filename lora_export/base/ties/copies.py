@@ -29,7 +29,7 @@ from lora_export.base.history.history import history_of
 from lora_export.base.ties.tied_layers import may_tie_layers
 from lora_export.base.ties.ties import find_ties, may_be_tied
 from lora_export.errors import AdapterError
-from lora_export.formats.reading.whole_copies import reach_of
+from lora_export.formats.reading.whole_copies import copy_reach
 from lora_export.untrusted.places import exists
 
 _HINT = (
@@ -187,7 +187,7 @@ def may_replace_ties(base: Path, adapters: Sequence[Adapter]) -> bool:
         base: Folder with config.json and safetensors.
         adapters: The adapters.
     """
-    copies = [path for one in adapters for path in one.extras if reach_of(one, path) != "one"]
+    copies = [path for one in adapters for path in one.extras if copy_reach(one, path) != "one"]
     copies += [module.key for one in adapters for module in one.modules.values() if module.everywhere]
     if not copies:
         return False
@@ -221,7 +221,7 @@ def _differing(copy: Array, stored: Array) -> Iterator[int]:
 
 def untrained_note(adapter: Adapter, parameter: str, copy: Array, stored: Array) -> str:
     """Return a warning if a copy that training did not change differs from the base, else ""."""
-    is_stored = parameter.endswith(".weight") and reach_of(adapter, parameter) != "one"
+    is_stored = parameter.endswith(".weight") and copy_reach(adapter, parameter) != "one"
     if not is_stored or copy.shape[1:] != stored.shape[1:]:
         return ""
     count = differing_rows(copy, stored)

@@ -31,7 +31,7 @@ MakePatch = Callable[[type[Any]], Patch]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Change:
+class TensorChange:
     """Patch of one stored tensor, computed when it is written.
 
     Attributes:
@@ -72,12 +72,12 @@ class Spread:
         refusal: Reason if changes contradict each other, else None.
     """
 
-    changes: dict[str, list[Change]]
+    changes: dict[str, list[TensorChange]]
     copies: list[tuple[int, str, str]] = field(default_factory=list)
     refusal: Refusal | None = None
 
 
-def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> Spread:
+def spread(tie: Tie, changes: Mapping[str, Sequence[TensorChange]]) -> Spread:
     """Give every parameter of a tie the changes that stand for all of them.
 
     Args:
@@ -107,7 +107,7 @@ def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> Spread:
     return result
 
 
-def _spread_copy(tie: Tie, own: Mapping[str, Sequence[Change]], adapter: int, result: Spread) -> None:
+def _spread_copy(tie: Tie, own: Mapping[str, Sequence[TensorChange]], adapter: int, result: Spread) -> None:
     """Give one adapter's copy of the shared weight to the parameters that have no copy of their own."""
     names = list(tie.tensors.values())
     copies = {name: change for name in names for change in own[name] if change.is_copy}
@@ -131,20 +131,20 @@ def _spread_copy(tie: Tie, own: Mapping[str, Sequence[Change]], adapter: int, re
             result.copies.append((adapter, name, tensor))
 
 
-def _add(result: Spread, tensor: str, changes: Sequence[Change]) -> None:
+def _add(result: Spread, tensor: str, changes: Sequence[TensorChange]) -> None:
     result.changes[tensor] = sorted([*changes, *result.changes[tensor]], key=lambda change: change.order)
 
 
-def _of(adapter: int, changes: Sequence[Change]) -> list[Change]:
+def _of(adapter: int, changes: Sequence[TensorChange]) -> list[TensorChange]:
     return [change for change in changes if change.adapter == adapter]
 
 
-def replaces(change: Change) -> bool:
+def replaces(change: TensorChange) -> bool:
     """Return True if a change puts values in place of others."""
     return change.make(np.float32).values is not None
 
 
-def alike(one: Sequence[Change], two: Sequence[Change]) -> bool:
+def alike(one: Sequence[TensorChange], two: Sequence[TensorChange]) -> bool:
     """Return True if two tensors of equal values are equal after these changes as well."""
     if len(one) != len(two):
         return False

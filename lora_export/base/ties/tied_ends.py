@@ -25,15 +25,15 @@ import numpy as np
 
 from lora_export.adapter import Adapter, Array
 from lora_export.base.ties.copies import is_same
-from lora_export.formats.reading.whole_copies import Reach, reach_of
+from lora_export.formats.reading.whole_copies import Reach, copy_reach
 from lora_export.graph.onnx_file import release
 from lora_export.plan import Refusal
 from lora_export.sites import fit
-from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.doubts.readers import module_by_name
 from lora_export.sites.isolate import readers_of
 from lora_export.sites.operand import Use
-from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
-from lora_export.sites.values.codes import canonical_shape, rows_of
+from lora_export.sites.target import ConstantPart, Miss, Site, Target, WeightOf
+from lora_export.sites.values.codes import canonical_shape, decoded_rows
 from lora_export.sites.values.verify import canonical_rows
 from lora_export.storage.patch import Placement
 
@@ -76,7 +76,7 @@ def with_tied_ends(
         if ends := [use for use in ends if _key(use) not in taken]:  # Rule 2.
             # Of two copies with the same values the first stands for both at the other ends.
             taken |= set(map(_key, ends))
-            names = ", ".join(sorted({module_of(use.node) or str(use.node.name) for use in ends}))
+            names = ", ".join(sorted({module_by_name(use.node) or str(use.node.name) for use in ends}))
             how = "the checkpoint's model ties it to" if tied else "its constant is also read by"
             what = "the adapter's copy replaces it there, too, as in PEFT"
             if not _is_copy(site):
@@ -91,7 +91,7 @@ def with_tied_ends(
 def _reach(adapter: Adapter, site: Site) -> Reach:
     """Return the readers of its weight that a site's change is for."""
     if _is_copy(site):
-        return reach_of(adapter, site.target.key)
+        return copy_reach(adapter, site.target.key)
     return "all" if site.target.module is not None and site.target.module.everywhere else "one"
 
 
@@ -142,7 +142,7 @@ def _ends(site: Site, uses: Iterable[Use]) -> list[Use]:
 
 def _holds(use: Use, mine: Array, picked: Array, rows: Array) -> bool:
     """Return True if a constant has a weight's values, or codes for them."""
-    other = rows_of(use, picked)
+    other = decoded_rows(use, picked)
     if other is None:
         return False
     lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(other, axis=1)
@@ -151,7 +151,7 @@ def _holds(use: Use, mine: Array, picked: Array, rows: Array) -> bool:
     if use.quantised:
         return True
     placement = Placement(rows=(0, len(mine)), row=0, col=0, transposed=use.transposed)
-    return is_same(canonical_rows(Part(use.root, (use,), (placement,)), placement), mine)
+    return is_same(canonical_rows(ConstantPart(use.root, (use,), (placement,)), placement), mine)
 
 
 def _problem(
@@ -178,7 +178,7 @@ def _problem(
     rivals = [
         copy.key
         for copy in there
-        if _is_copy(site) and reach_of(adapter, copy.key) != "one" and not _are_equal(copy, target)
+        if _is_copy(site) and copy_reach(adapter, copy.key) != "one" and not _are_equal(copy, target)
     ]
     if rivals:  # Rule 6.
         listed = ", ".join(rivals)
@@ -208,7 +208,7 @@ def _are_equal(one: Target, other: Target) -> bool:
     return np.array_equal(np.asarray(one.values), np.asarray(other.values))
 
 
-def _parts(site: Site, ends: Sequence[Use], sites: Sequence[Site]) -> tuple[Part, ...]:
+def _parts(site: Site, ends: Sequence[Use], sites: Sequence[Site]) -> tuple[ConstantPart, ...]:
     """Return the site's part and those of the ends; other uses that change with a part belong to it."""
     (first,) = site.parts
     owners = {
@@ -225,5 +225,5 @@ def _parts(site: Site, ends: Sequence[Use], sites: Sequence[Site]) -> tuple[Part
     for (root, _), found in groups.items():
         placed = first.placements if root == id(first.root) else fit.place(site.target, found[0])
         assert not isinstance(placed, Refusal)
-        made.append(Part(found[0].root, tuple(found), placed))
+        made.append(ConstantPart(found[0].root, tuple(found), placed))
     return tuple(made)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.meta_model import LoadedNames, build_model, model_names
+from lora_export.base.checkpoint.meta_model import LoadedNames, build_model, loaded_names
 from lora_export.errors import install_line
 
 FLAG = "tie_word_embeddings"
@@ -172,7 +172,7 @@ def _by_transformers(checkpoint: Checkpoint) -> Ties:
     if not groups:
         return Ties()
     renaming = LoadedNames(model)
-    held = dict(model_names(renaming, checkpoint.tensors))
+    held = dict(loaded_names(renaming, checkpoint.tensors))
     refusal = _why_together(checkpoint, model)
     ties = []
     embedding = _input_embedding(model)

@@ -19,7 +19,7 @@ from lora_export.engines.memory.largest import Sized, dimensions, input_shapes, 
 from lora_export.engines.record import Profile
 from lora_export.graph.exposed import LoraRecord
 from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile, byte_size, shape_of
-from lora_export.machines.targets import Target
+from lora_export.machines.targets import Gpu
 
 Verdict = Literal["fits", "tight", "no", "unknown"]
 
@@ -227,7 +227,7 @@ def _named_sizes(profiles: Iterable[Mapping[str, int]]) -> tuple[tuple[str, int]
 
 
 def check_fit(
-    estimate: MemoryEstimate, target: Target, adapters: int, *, weight_streaming: bool = False
+    estimate: MemoryEstimate, target: Gpu, adapters: int, *, weight_streaming: bool = False
 ) -> tuple[Verdict, list[str]]:
     """Return whether an engine fits on a GPU together with this many adapters, and lines with the reasons.
 
@@ -258,7 +258,7 @@ def check_fit(
     return verdict, lines
 
 
-def _usable(target: Target) -> int | None:
+def _usable(target: Gpu) -> int | None:
     if target.memory_bytes is None or not target.shared_memory:
         return target.memory_bytes
     return int(target.memory_bytes * SHARED_SHARE)

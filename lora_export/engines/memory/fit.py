@@ -10,7 +10,7 @@ from lora_export.engines.memory.estimate import MemoryEstimate, check_fit, estim
 from lora_export.engines.prepare.prepare import Admitted
 from lora_export.engines.record import BuildOptions, Profile
 from lora_export.errors import BackendError
-from lora_export.machines.targets import Target
+from lora_export.machines.targets import Gpu
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Fit:
         estimate: Estimate of the engine's memory.
     """
 
-    target: Target
+    target: Gpu
     verdict: str
     lines: tuple[str, ...]
     estimate: MemoryEstimate
@@ -37,7 +37,7 @@ class Fit:
 def check_fits(
     admitted: Admitted,
     profiles: Sequence[Profile],
-    targets: Sequence[Target],
+    targets: Sequence[Gpu],
     adapters: int,
     options: BuildOptions,
     *,
@@ -82,7 +82,7 @@ def _how_to_fit(
     adapters: int,
     options: BuildOptions,
     estimate: MemoryEstimate,
-    targets: Sequence[Target],
+    targets: Sequence[Gpu],
 ) -> str:
     """Return the options that would need less memory and that this graph and request leave open."""
     ways = []

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 
 from lora_export.engines.backend import Compiler
-from lora_export.engines.prepare.problem import Problem, of_nodes, of_places
+from lora_export.engines.prepare.problem import BuildProblem, of_nodes, of_places
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.sites.node_text import node_text
 
@@ -43,7 +43,9 @@ def capability(text: str) -> Capability:
     return int(major), int(minor or 0)
 
 
-def dtype_problems(graph: GraphFile, capabilities: Sequence[str], compiler: Compiler) -> Iterator[Problem]:
+def dtype_problems(
+    graph: GraphFile, capabilities: Sequence[str], compiler: Compiler
+) -> Iterator[BuildProblem]:
     """Yield the inputs, constants and nodes whose type the compiler or one of the GPUs lacks."""
     places = _places(graph)
     for dtype, found in places.items():
@@ -121,7 +123,7 @@ def _types_of(node: ir.Node) -> Iterator[ir.DataType]:
             yield dtype
 
 
-def _exposed_weights(graph: GraphFile, compiler: Compiler) -> Iterator[Problem]:
+def _exposed_weights(graph: GraphFile, compiler: Compiler) -> Iterator[BuildProblem]:
     """Yield inputs and casts with types that only weights can have, and inputs that are not tensors."""
     hint = "export it with another type"
     for value in graph.graph.inputs:
@@ -143,7 +145,9 @@ def _exposed_weights(graph: GraphFile, compiler: Compiler) -> Iterator[Problem]:
         yield from of_nodes(nodes, reason, hint)
 
 
-def _float32_products(graph: GraphFile, capabilities: Sequence[str], compiler: Compiler) -> Iterator[Problem]:
+def _float32_products(
+    graph: GraphFile, capabilities: Sequence[str], compiler: Compiler
+) -> Iterator[BuildProblem]:
     """Yield float32 products where the compiler has none for one of the GPUs."""
     lacking = sorted(compiler.no_float32_products.intersection(capabilities))
     if not lacking:

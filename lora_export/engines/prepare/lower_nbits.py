@@ -16,7 +16,7 @@ from lora_export.adapter import Array
 from lora_export.engines.prepare.dtypes import lacks
 from lora_export.engines.prepare.nbits_weight import OPERATOR, NbitsWeight, read_nbits
 from lora_export.engines.prepare.opset import opset_of, raise_opset
-from lora_export.engines.prepare.problem import Problem, of_nodes
+from lora_export.engines.prepare.problem import BuildProblem, of_nodes
 from lora_export.graph.nodes import NodeWriter, model_names
 from lora_export.graph.onnx_file import GraphFile, shape_of
 from lora_export.plan import Refusal
@@ -31,7 +31,7 @@ LIMIT_BYTES = 1_500_000_000
 _ROUNDED = 4
 
 
-def nbits_problems(graph: GraphFile, capabilities: Sequence[str]) -> Iterator[Problem]:
+def nbits_problems(graph: GraphFile, capabilities: Sequence[str]) -> Iterator[BuildProblem]:
     """Yield the MatMulNBits that can't be lowered, each with its reason."""
     found: dict[tuple[str, str], list[ir.Node]] = defaultdict(list)
     total = 0
@@ -48,19 +48,19 @@ def nbits_problems(graph: GraphFile, capabilities: Sequence[str]) -> Iterator[Pr
     for (reason, hint), nodes in found.items():
         yield from of_nodes(nodes, reason, hint)
     if total > LIMIT_BYTES:
-        yield Problem(
+        yield BuildProblem(
             f"{OPERATOR}: its weights take {total} bytes for DequantizeLinear, a graph holds {LIMIT_BYTES}",
             "quantise again with DequantizeLinear in place of MatMulNBits",
         )
 
 
-def lower_nbits(graph: GraphFile) -> tuple[list[str], list[Problem]]:
+def lower_nbits(graph: GraphFile) -> tuple[list[str], list[BuildProblem]]:
     """Replace every MatMulNBits after `nbits_problems` has found no problem; return notes and problems."""
     if not any(True for _ in _nodes(graph)):
         return [], []
     before = opset_of(graph.model)
     if problem := raise_opset(graph, _OPSET):
-        return [], [Problem(problem, f"export with opset {_OPSET} or newer")]
+        return [], [BuildProblem(problem, f"export with opset {_OPSET} or newer")]
     notes = [f"opset {before} was raised to {_OPSET}"] if before < _OPSET else []
     writer = _Lowering(graph)
     weights = [writer.lower(node) for node in list(_nodes(graph))]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from lora_export.engines.backend import Compiler
-from lora_export.engines.prepare.problem import Problem, of_nodes
+from lora_export.engines.prepare.problem import BuildProblem, of_nodes
 from lora_export.graph.onnx_file import GraphFile
 
 _ONNX = ("", "ai.onnx")
@@ -53,7 +53,9 @@ _HINTS = {
 }
 
 
-def operator_problems(graph: GraphFile, compiler: Compiler, lowered: frozenset[str]) -> Iterator[Problem]:
+def operator_problems(
+    graph: GraphFile, compiler: Compiler, lowered: frozenset[str]
+) -> Iterator[BuildProblem]:
     """Yield the nodes whose operator the parser lacks, or would misread.
 
     Args:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from lora_export.engines.prepare.problem import Problem, of_places
+from lora_export.engines.prepare.problem import BuildProblem, of_places
 from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedModule, LoraRecord, lora_record_of
 from lora_export.graph.exposed_inputs import size_problems
 from lora_export.graph.onnx_file import GraphFile, shape_of
@@ -33,7 +33,7 @@ class PlainInputs:
 
     exposed: LoraRecord | None
     notes: tuple[str, ...]
-    problems: tuple[Problem, ...]
+    problems: tuple[BuildProblem, ...]
 
 
 def make_plain(graph: GraphFile) -> PlainInputs:
@@ -45,7 +45,7 @@ def make_plain(graph: GraphFile) -> PlainInputs:
     metadata = graph.model.metadata_props
     record = lora_record_of(metadata, graph.path.name) if KEY in metadata else None
     notes: list[str] = []
-    problems: list[Problem] = []
+    problems: list[BuildProblem] = []
     ours: frozenset[str] = frozenset()
     if record is not None:
         ours = frozenset(_exposed_inputs(record))
@@ -70,7 +70,7 @@ def _exposed_inputs(record: LoraRecord) -> list[str]:
     return [*[WEIGHTS_INPUT] * (record.mode == "bank"), *record.input_names()]
 
 
-def _record_problems(graph: GraphFile, record: LoraRecord) -> Iterator[Problem]:
+def _record_problems(graph: GraphFile, record: LoraRecord) -> Iterator[BuildProblem]:
     inputs = {str(value.name): value for value in graph.graph.inputs}
     missing = [f"input {name!r}" for name in _exposed_inputs(record) if name not in inputs]
     yield from of_places(
@@ -152,7 +152,7 @@ def _share_batch(graph: GraphFile, record: LoraRecord) -> bool:
     return True
 
 
-def _other_defaults(graph: GraphFile, ours: frozenset[str]) -> tuple[list[str], list[Problem]]:
+def _other_defaults(graph: GraphFile, ours: frozenset[str]) -> tuple[list[str], list[BuildProblem]]:
     """Make inputs with an initializer constants, or refuse them if they may be meant to be fed.
 
     Our own LoRA tensors are left out.
@@ -176,7 +176,7 @@ def _looks_fed(value: ir.Value) -> bool:
     return 0 in shape_of(value.const_value) or "lora" in str(value.name).lower()
 
 
-def _refused(values: Sequence[ir.Value], reason: str) -> Iterator[Problem]:
+def _refused(values: Sequence[ir.Value], reason: str) -> Iterator[BuildProblem]:
     return of_places(
         [f"input {value.name!r}" for value in values],
         reason,

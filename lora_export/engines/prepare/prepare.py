@@ -19,7 +19,7 @@ from lora_export.engines.prepare.lower_nbits import lower_nbits, nbits_problems
 from lora_export.engines.prepare.nbits_weight import OPERATOR
 from lora_export.engines.prepare.operators import operator_problems
 from lora_export.engines.prepare.plain_inputs import make_plain
-from lora_export.engines.prepare.problem import Problem, of_places, refuse
+from lora_export.engines.prepare.problem import BuildProblem, of_places, refuse_build
 from lora_export.engines.prepare.quantised import quantisation_problems
 from lora_export.graph.exposed import LoraRecord
 from lora_export.graph.onnx_file import GraphFile
@@ -55,7 +55,7 @@ def admit(graph: GraphFile, targets: Mapping[str, Sequence[str]]) -> Admitted:
     inputs = make_plain(graph)
     for backend, capabilities in targets.items():
         compiler = compiler_of(backend)
-        refuse(
+        refuse_build(
             name,
             compiler,
             [
@@ -69,11 +69,11 @@ def admit(graph: GraphFile, targets: Mapping[str, Sequence[str]]) -> Admitted:
         )
     seen = tuple(dtype_notes(graph))
     lowered, problems = lower_nbits(graph)
-    refuse(name, compiler_of(next(iter(targets))), problems)
+    refuse_build(name, compiler_of(next(iter(targets))), problems)
     return Admitted(graph, inputs.exposed, (*inputs.notes, *lowered, *seen))
 
 
-def _port_problems(graph: GraphFile) -> Iterator[Problem]:
+def _port_problems(graph: GraphFile) -> Iterator[BuildProblem]:
     """Yield inputs without a shape, and outputs that the engine would not have under their names."""
     silent = [
         f"input {value.name!r}"

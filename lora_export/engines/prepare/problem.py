@@ -16,7 +16,7 @@ _EXAMPLES = 3
 
 
 @dataclass(frozen=True)
-class Problem:
+class BuildProblem:
     """One thing that keeps a graph from being built.
 
     Attributes:
@@ -28,21 +28,21 @@ class Problem:
     hint: str = ""
 
 
-def of_nodes(nodes: Sequence[ir.Node], reason: str, hint: str = "") -> Iterator[Problem]:
+def of_nodes(nodes: Sequence[ir.Node], reason: str, hint: str = "") -> Iterator[BuildProblem]:
     """Yield a line for each of the first nodes with the same problem, and the number of the rest."""
     return of_places([node_text(node) for node in nodes], reason, hint)
 
 
-def of_places(places: Sequence[str], reason: str, hint: str = "") -> Iterator[Problem]:
+def of_places(places: Sequence[str], reason: str, hint: str = "") -> Iterator[BuildProblem]:
     """Yield a line for each of the first places with the same problem, and the number of the rest."""
     shown = len(places) if len(places) == _EXAMPLES + 1 else _EXAMPLES
     for place in places[:shown]:
-        yield Problem(f"{place}: {reason}", hint)
+        yield BuildProblem(f"{place}: {reason}", hint)
     if len(places) > shown:
-        yield Problem(f"… and {len(places) - shown} more: {reason}", hint)
+        yield BuildProblem(f"… and {len(places) - shown} more: {reason}", hint)
 
 
-def refuse(name: str, compiler: Compiler, problems: Iterable[Problem]) -> None:
+def refuse_build(name: str, compiler: Compiler, problems: Iterable[BuildProblem]) -> None:
     """Raise `EngineBuildError` with all problems and each hint once; do nothing if there are none."""
     found = list(problems)
     if not found:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.engines.backend import Compiler
-from lora_export.engines.prepare.problem import Problem, of_nodes
+from lora_export.engines.prepare.problem import BuildProblem, of_nodes
 from lora_export.graph.onnx_file import GraphFile
 
 _T = ir.DataType
@@ -24,7 +24,7 @@ _SYMMETRIC = "quantise symmetrically with int8: zero point 0, activations too"
 _BIAS = "keep biases in float (onnxruntime's quantize_static: extra_options={'QuantizeBias': False})"
 
 
-def quantisation_problems(graph: GraphFile, compiler: Compiler) -> Iterator[Problem]:
+def quantisation_problems(graph: GraphFile, compiler: Compiler) -> Iterator[BuildProblem]:
     """Yield the nodes that quantise or dequantise in a way that TensorRT can't do, or would misread."""
     found: dict[tuple[str, str], list[ir.Node]] = defaultdict(list)
     for node in graph.model.graph.all_nodes():

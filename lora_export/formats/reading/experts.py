@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_export.adapter import Layout
-from lora_export.formats.reading.name_ends import by_module, ends_of, has_end, some
+from lora_export.formats.reading.name_ends import by_module, has_end, path_ends, some
 from lora_export.formats.reading.patterns import fullmatch
 
 # Registration order in transformers' expert modules; GPT-OSS has matrices of biases, DBRX w1, v1, w2.
@@ -38,7 +38,7 @@ REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "w1",
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?(\.?\w*)")
 
 
-def layout_of(version: Any) -> tuple[bool, Layout]:
+def expert_layout(version: Any) -> tuple[bool, Layout]:
     """Return whether factors of stacked experts are turned, and how sure that is, for a PEFT version.
 
     Args:
@@ -58,7 +58,7 @@ def layout_of(version: Any) -> tuple[bool, Layout]:
     return (False, "class inverted") if release == (0, 19, 0) else (False, "class")
 
 
-def parameters_of(path: str, targets: Sequence[str], levels: int) -> list[str]:
+def parameter_names(path: str, targets: Sequence[str], levels: int) -> list[str]:
     """Return the names of the parameters of a module that ``targets`` mean.
 
     PEFT matches ``<module>.<parameter>`` against a target as a whole, or by its end from a dot on. A target
@@ -72,7 +72,7 @@ def parameters_of(path: str, targets: Sequence[str], levels: int) -> list[str]:
     """
     known = by_module(targets)
     bare = [parameter for _, parameter in known.get("", ())]
-    fitting = sorted(found for end in ends_of(path) if end for found in known.get(end, ()))
+    fitting = sorted(found for end in path_ends(path) if end for found in known.get(end, ()))
     # Two may mean one parameter: ``mlp.gate.weight``, and ``gate.weight``, which PEFT adds for all-linear.
     named = list(dict.fromkeys(parameter for _, parameter in fitting))
     found = list(dict.fromkeys([*named, *bare]))

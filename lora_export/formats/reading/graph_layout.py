@@ -17,7 +17,7 @@ import numpy as np
 from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.formats.provenance import LAYOUT, LAYOUT_KEY
 from lora_export.formats.reading.pairs import Parts, PartsTable, adapter_of, build_module, raise_problems
-from lora_export.formats.reading.source import Options, Source
+from lora_export.formats.reading.source import AdapterSource, ReadOptions
 from lora_export.formats.reading.tensors import value_problems
 from lora_export.untrusted.documents import DocumentError, parse_json
 from lora_export.untrusted.fields import FieldError, check_plain
@@ -36,7 +36,9 @@ def has_names(tensors: Mapping[str, Array]) -> bool:
     return any(_NAME.match(name) for name in tensors)
 
 
-def read_converted(source: Source, options: Options, format: str, config: Mapping[str, Any]) -> Adapter:
+def read_converted(
+    source: AdapterSource, options: ReadOptions, format: str, config: Mapping[str, Any]
+) -> Adapter:
     """Make an adapter from tensors in a graph's layout; the scaling is 1, the factors are views.
 
     Args:

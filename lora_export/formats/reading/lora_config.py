@@ -14,11 +14,12 @@ from typing import Any
 
 from lora_export.adapter import LoraModule
 from lora_export.formats.reading.key_index import KeyIndex
+from lora_export.formats.reading.pairs import ABSURD
 from lora_export.formats.reading.patterns import check, remembered
-from lora_export.formats.reading.source import Options
+from lora_export.formats.reading.source import ReadOptions
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.]{1,1000}")
-_ABSURD = 1e15
+
 # These change how the tensors are made or trained, not what they mean once saved.
 _HARMLESS = frozenset(
     {
@@ -128,7 +129,9 @@ class LoraRules:
         notes: Notes on keys that were ignored.
     """
 
-    def __init__(self, config: Mapping[str, Any], options: Options, unread: Set[str] = frozenset()) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], options: ReadOptions, unread: Set[str] = frozenset()
+    ) -> None:
         self._config = config
         self._unread = unread
         self.problems: list[str] = []
@@ -162,7 +165,7 @@ class LoraRules:
         value: Any = found[0] if found else self._config.get("r")
         return None if _number_problem(value, whole=True) else int(value)
 
-    def _check_numbers(self, options: Options) -> None:
+    def _check_numbers(self, options: ReadOptions) -> None:
         for key, option in (("r", options.rank), ("lora_alpha", options.alpha)):
             value: Any = self._config.get(key)
             if problem := _number_problem(value, whole=key == "r"):
@@ -291,6 +294,6 @@ def _number_problem(value: Any, whole: bool = False) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value % 1):
         return f"{value!r}, wanted {wanted}"
     # The upper bound keeps absurd JSON (1e999 is infinity) away from arithmetic.
-    if _ABSURD <= value < float("inf"):
-        return f"{value!r}, wanted {wanted} below {_ABSURD:g}"
-    return "" if 0 < value < _ABSURD else f"{value!r}, wanted {wanted} above 0"
+    if ABSURD <= value < float("inf"):
+        return f"{value!r}, wanted {wanted} below {ABSURD:g}"
+    return "" if 0 < value < ABSURD else f"{value!r}, wanted {wanted} above 0"

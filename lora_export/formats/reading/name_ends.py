@@ -11,7 +11,7 @@ from lora_export.formats.reading.patterns import remembered
 _SHOWN = 12
 
 
-def ends_of(path: str) -> Iterator[str]:
+def path_ends(path: str) -> Iterator[str]:
     """Yield a path, then the path without its first name, without its first two, and so on."""
     yield path
     at = path.find(".")
@@ -27,7 +27,7 @@ def names_of(listed: Sequence[Any]) -> frozenset[str]:
 
 def has_end(path: str, listed: Sequence[Any]) -> bool:
     """Return whether a path is one of the listed names, or ends in a dot and one of them."""
-    return not names_of(listed).isdisjoint(ends_of(path))
+    return not names_of(listed).isdisjoint(path_ends(path))
 
 
 def by_module(targets: Sequence[str]) -> Mapping[str, Sequence[tuple[int, str]]]:

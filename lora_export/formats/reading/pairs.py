@@ -13,12 +13,14 @@ from typing import Any
 from lora_export.adapter import Adapter, Array, Kind, LoraModule
 from lora_export.errors import AdapterError
 from lora_export.formats.reading.scope import unknown_component
-from lora_export.formats.reading.source import Options, Source
+from lora_export.formats.reading.source import AdapterSource, ReadOptions
 from lora_export.formats.reading.tensors import value_problems
 from lora_export.untrusted.archives import too_much
 from lora_export.untrusted.fields import nearest_float
 
 MAX_LISTED = 40
+# No scaling is as large, or one by it as small: in float32 the change would be infinite, or none at all.
+ABSURD = 1e15
 
 
 @dataclass(kw_only=True)
@@ -99,7 +101,7 @@ class Room:
         return True
 
 
-def number(values: Array) -> float:
+def single_number(values: Array) -> float:
     """Return the one value of a tensor such as kohya's ``alpha``; NaN if it does not hold exactly one."""
     return float(values.astype("float64").reshape(-1)[0]) if values.size == 1 else math.nan
 
@@ -127,6 +129,10 @@ def build_module(parts: Parts, alpha: float | None, rslora: bool, problems: list
             problems.append(f"{parts.label}: {part} {values.shape}, wanted {lora_b.shape[0]} values")
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         problems.append(f"{parts.label}: alpha is {alpha:g}, wanted a number above 0")
+    elif alpha is not None and not 1 / ABSURD < alpha < ABSURD:
+        problems.append(
+            f"{parts.label}: alpha is {alpha:g}, wanted a number between {1 / ABSURD:g} and {ABSURD:g}"
+        )
     if alpha is None or len(problems) > before:
         return None
     magnitude, bias = parts.tensors.get("magnitude"), parts.tensors.get("lora_bias")
@@ -179,7 +185,7 @@ def _shape_problem(parts: Parts, lora_a: Array, lora_b: Array) -> str:
     return f"{text}; wanted lora_A (rank, …), lora_B (…, rank)"
 
 
-def check_options(options: Options) -> None:
+def check_options(options: ReadOptions) -> None:
     """Refuse invalid options, all at once.
 
     Raises:
@@ -196,7 +202,7 @@ def check_options(options: Options) -> None:
         )
 
 
-def raise_problems(source: Source, problems: Sequence[str], hint: str) -> None:
+def raise_problems(source: AdapterSource, problems: Sequence[str], hint: str) -> None:
     """Raise one `AdapterError` with all problems, if there are any."""
     if not problems:
         return
@@ -208,7 +214,7 @@ def raise_problems(source: Source, problems: Sequence[str], hint: str) -> None:
     raise AdapterError(f"adapter '{source.name}' has {count} ({source.file})", hint, listed)
 
 
-def select_component(source: Source, table: PartsTable, component: str | None) -> tuple[str, ...]:
+def select_component(source: AdapterSource, table: PartsTable, component: str | None) -> tuple[str, ...]:
     """Keep only the rows of ``component``, and return a note on the ignored ones.
 
     In a file for one model, ``component`` may be a submodel's path, which `scope.part_of` handles.
@@ -231,7 +237,7 @@ def select_component(source: Source, table: PartsTable, component: str | None) -
 
 
 def adapter_of(
-    source: Source,
+    source: AdapterSource,
     format: str,
     table: PartsTable,
     modules: Mapping[str, LoraModule],

@@ -17,14 +17,14 @@ import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.errors import AdapterError
-from lora_export.formats.reading.experts import REGISTERED, layout_of
+from lora_export.formats.reading.experts import REGISTERED, expert_layout
 from lora_export.formats.reading.source import CONFIG_NAME, WEIGHT_NAMES
 from lora_export.formats.reading.tensors import write_safetensors
 from lora_export.formats.reading.token_rows import KEY as ROWS
 from lora_export.formats.reading.token_rows import TENSOR as ROWS_TENSOR
 from lora_export.formats.reading.token_rows import stated_rows
 from lora_export.formats.reading.weights_files import files_of
-from lora_export.formats.reading.whole_copies import reach_of
+from lora_export.formats.reading.whole_copies import copy_reach
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_replacing
 
 _PREFIX = "base_model.model."
@@ -125,7 +125,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
     biases = [name for name in adapter.extras if _is_bias(name, adapter.extras)]
     targeted = {module.path for module in modules}
     # A copy that PEFT loads over the base's own weight is not a module to save.
-    own = [name for name in adapter.extras if name not in biases and reach_of(adapter, name) != "all"]
+    own = [name for name in adapter.extras if name not in biases and copy_reach(adapter, name) != "all"]
     saved = {_head_of(name.rpartition(".")[0], adapter) for name in own} - targeted
     config = {
         "peft_type": "LORA",
@@ -171,7 +171,7 @@ def _stated_version(adapter: Adapter) -> str | None:
     if not versions:
         return stated
     (version,) = versions
-    same = stated is not None and layout_of(stated) == layout_of(version)
+    same = stated is not None and expert_layout(stated) == expert_layout(version)
     return str(stated) if same else version
 
 
@@ -180,7 +180,7 @@ def _version(module: LoraModule) -> str | None:
     if module.experts == 1:
         return None
     laid = (module.turned, module.layout)
-    return next((version for version in _VERSIONS if layout_of(version) == laid), _SETTLED)
+    return next((version for version in _VERSIONS if expert_layout(version) == laid), _SETTLED)
 
 
 def _pattern(module: LoraModule) -> str:

@@ -16,7 +16,7 @@ import os
 import zipfile
 from typing import IO
 
-from lora_export.formats.reading.pickle_walker import LARGE, Refused, Storage, Walker
+from lora_export.formats.reading.pickle_walker import LARGE, PickleWalker, Refused, Storage
 from lora_export.untrusted.archives import (
     START,
     CrowdedError,
@@ -70,7 +70,7 @@ def claim_problems(file: IO[bytes]) -> list[str]:
     return []
 
 
-def _walk_archive(file: IO[bytes], sizes: dict[str, int], most: int) -> Walker:
+def _walk_archive(file: IO[bytes], sizes: dict[str, int], most: int) -> PickleWalker:
     """Walk the pickle that torch's own reader finds in an archive."""
     import torch
 
@@ -80,7 +80,7 @@ def _walk_archive(file: IO[bytes], sizes: dict[str, int], most: int) -> Walker:
     if sizes[name] > most:
         raise Refused(LARGE)
     file.seek(0)  # torch takes the current position for the beginning
-    walker = Walker(io.BytesIO(torch._C.PyTorchFileReader(file).get_record(_PICKLE)), most)
+    walker = PickleWalker(io.BytesIO(torch._C.PyTorchFileReader(file).get_record(_PICKLE)), most)
     walker.load()
     return walker
 
@@ -97,12 +97,12 @@ def _refuse_second(file: IO[bytes]) -> None:
         raise Refused(f"a zip archive of {len(entries)} entries follows after its beginning")
 
 
-def _walk_legacy(file: IO[bytes], most: int) -> Walker:
+def _walk_legacy(file: IO[bytes], most: int) -> PickleWalker:
     """Walk a file from before torch 1.6: magic number, version, machine, object, keys of its storages."""
     storages: dict[str, Storage] = {}
     claimed = 0
     for _ in range(5):
-        walker = Walker(file, most)
+        walker = PickleWalker(file, most)
         walker.load()
         storages |= walker.storages
         claimed += walker.claimed

@@ -141,7 +141,7 @@ class _Name:
 
 
 # The pure Python unpickler: the C one allocates its memo by the largest number in a pickle.
-class Walker(pickle._Unpickler):
+class PickleWalker(pickle._Unpickler):
     """Read a pickle without making the objects that it names.
 
     Args:

@@ -51,7 +51,7 @@ _BOOKKEEPING = ("optim", "sched", "epoch", "step", "rng", "loss", "callbacks", "
 
 
 @dataclass(kw_only=True)
-class Checkpoint:
+class PickleContents:
     """The contents of a torch checkpoint.
 
     Attributes:
@@ -69,7 +69,7 @@ class Checkpoint:
     problems: list[str] = field(default_factory=list)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> PickleContents:
     """Read a torch checkpoint with ``weights_only=True``.
 
     Raises:
@@ -100,7 +100,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise AdapterError(f"cannot read {path}: {error}", "check the path and its permissions") from error
     # torch raises many kinds of error from its zip reader or unpickler: RuntimeError, EOFError, …
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # In front of its reason torch advises to load the file without weights_only.
+        said = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+        first = said.splitlines()[0]
         raise AdapterError(
             f"{path} can't be loaded with weights_only=True: {first}",
             "it is damaged, or holds Python objects (refused: loading them would run their code); "
@@ -111,7 +113,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path} holds a {type(content).__name__}, wanted a dict of tensors",
             "save it with torch.save(model.state_dict(), path)",
         )
-    checkpoint = Checkpoint()
+    checkpoint = PickleContents()
     try:
         contents = Contents(content, torch.Tensor)
     except TangledError as error:
@@ -137,7 +139,7 @@ class _Collector:
         tensor_type: torch's tensor type.
     """
 
-    def __init__(self, into: Checkpoint, contents: Contents, tensor_type: type) -> None:
+    def __init__(self, into: PickleContents, contents: Contents, tensor_type: type) -> None:
         self._into, self._contents, self._tensor_type = into, contents, tensor_type
         self._done: set[tuple[int, str, bool]] = set()
 
@@ -254,7 +256,7 @@ def _has_word(key: Any, words: tuple[str, ...]) -> bool:
     return any(word in text for word in words)
 
 
-def _mention(into: Checkpoint, key: str, value: Any, name: str) -> None:
+def _mention(into: PickleContents, key: str, value: Any, name: str) -> None:
     if _PLAIN.get(key) == "alpha" and _is_number(value):
         into.mentions.append((name.replace("/", "."), float(value)))
 
@@ -281,7 +283,7 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _set(into: Checkpoint, key: str, value: Any, name: str) -> None:
+def _set(into: PickleContents, key: str, value: Any, name: str) -> None:
     fits, what = _SETTINGS.get(key, (_is_number, "a finite number"))
     if not fits(value):
         into.problems.append(f"{name}: {seen(value)}, wanted {what}")
@@ -292,7 +294,7 @@ def _set(into: Checkpoint, key: str, value: Any, name: str) -> None:
 
 
 def _array(tensor: Any) -> Array:
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     kind = str(tensor.dtype)
     # numpy has no bfloat16 or float8: the bits are kept under ml_dtypes' types.
     for torch_name, bits, dtype in (

@@ -32,10 +32,10 @@ def part_of(adapter: Adapter, component: str) -> Adapter:
         mine = [key for key, module in adapter.modules.items() if module.component == name]
         others = [*adapter.extras, *adapter.token_rows]
         kept = replace(_only(adapter, mine, others, f"not of {name!r}"), part=name)
-        return within(kept, path) if path else kept
+        return within_scope(kept, path) if path else kept
     if len(components) > 1 or path:
         raise unknown_component(adapter.name, name, components)
-    return within(adapter, component)
+    return within_scope(adapter, component)
 
 
 def how_to_part(adapter: Adapter, parameters: Collection[str]) -> str:
@@ -63,7 +63,7 @@ def unknown_component(adapter: str, name: str, existing: Iterable[str | None]) -
     )
 
 
-def within(adapter: Adapter, scope: str) -> Adapter:
+def within_scope(adapter: Adapter, scope: str) -> Adapter:
     """Return an adapter with a scope; if some of its paths are below the scope, only those are kept.
 
     If none are, the scope is the base's own path of the part that the adapter is for; whether the base has it
@@ -86,7 +86,7 @@ def within(adapter: Adapter, scope: str) -> Adapter:
     return replace(kept, scope=scope, part=f"{front}:{below[:-1]}")
 
 
-def share(one: str | None, other: str | None, flattened: bool) -> bool:
+def overlap(one: str | None, other: str | None, flattened: bool) -> bool:
     """Return whether two parts of one file (`Adapter.part`) have something in common.
 
     Args:

@@ -23,7 +23,7 @@ from lora_export.formats.reading.weights_files import (
     MLX_NAME,
     WEIGHT_NAMES,
     WeightsFiles,
-    find_weights,
+    find_adapter_weights,
     is_mlx_name,
 )
 from lora_export.formats.reading.wrappers import MOST_WORDS, is_too_deep, unwrap
@@ -39,9 +39,9 @@ __all__ = [
     "EDGE_LLM_NAME",
     "FORMAT_OPTION",
     "WEIGHT_NAMES",
+    "AdapterSource",
     "Format",
-    "Options",
-    "Source",
+    "ReadOptions",
     "open_source",
 ]
 # The option for the adapter's format; convert-adapter's --format is its output's.
@@ -53,7 +53,7 @@ _TRIES = 3
 
 
 @dataclass(frozen=True)
-class Options:
+class ReadOptions:
     """The user's options for facts that a file doesn't state.
 
     Attributes:
@@ -70,7 +70,7 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Source:
+class AdapterSource:
     """An adapter file that has been opened.
 
     Attributes:
@@ -171,12 +171,12 @@ class Format:
     """
 
     expects: str
-    recognises: Callable[[Source], bool]
-    read: Callable[[Source, Options], Adapter]
+    recognises: Callable[[AdapterSource], bool]
+    read: Callable[[AdapterSource, ReadOptions], Adapter]
     certain: bool = False
 
 
-def open_source(path: Path, name: str | None = None) -> Source:
+def open_source(path: Path, name: str | None = None) -> AdapterSource:
     """Find the weights files at ``path`` (a folder or a file), open them, and read the config beside them.
 
     Raises:
@@ -190,10 +190,10 @@ def open_source(path: Path, name: str | None = None) -> Source:
     return _open_once(path, name)
 
 
-def _open_once(path: Path, name: str | None) -> Source:
+def _open_once(path: Path, name: str | None) -> AdapterSource:
     """Open all files of an adapter in one state of them."""
     # Looked for twice: all that is read has its state taken before the first of it is.
-    states = tuple(map(FileState.of, find_weights(path).places))
+    states = tuple(map(FileState.of, find_adapter_weights(path).places))
     try:
         with same_inputs():  # what is noted in a try that fails is none
             source = _open_files(path, name, states)
@@ -205,8 +205,8 @@ def _open_once(path: Path, name: str | None) -> Source:
     return source
 
 
-def _open_files(path: Path, name: str | None, states: Sequence[FileState]) -> Source:
-    found = find_weights(path)
+def _open_files(path: Path, name: str | None, states: Sequence[FileState]) -> AdapterSource:
+    found = find_adapter_weights(path)
     if (now := {place.absolute() for place in found.places}) != (then := {state.path for state in states}):
         raise InputChangedError(
             f"the files of the adapter at {path} have changed while being read",
@@ -218,7 +218,7 @@ def _open_files(path: Path, name: str | None, states: Sequence[FileState]) -> So
     opened = [_open_file(path, file) for file in found.files]
     first = opened[0]
     file = first.file
-    config = read_config(found.config, path) if found.config is not None else None
+    config = read_adapter_config(found.config, path) if found.config is not None else None
     notes = [*(note for one in opened for note in one.notes), *found.notes]
     if config is not None and is_mlx_name(file.name) and "peft_type" in config:
         notes.append(f"{found.config} was not used: it is PEFT's, but {file.name} is mlx-lm's")
@@ -226,7 +226,7 @@ def _open_files(path: Path, name: str | None, states: Sequence[FileState]) -> So
     own_name = (
         file.parent.resolve().name if file.name in (*WEIGHT_NAMES, EDGE_LLM_NAME, MLX_NAME) else file.stem
     )
-    return Source(
+    return AdapterSource(
         path=path,
         file=file,
         name=name or (path.resolve().name if is_folder(path) else own_name),
@@ -241,7 +241,7 @@ def _open_files(path: Path, name: str | None, states: Sequence[FileState]) -> So
     )
 
 
-def _open_file(path: Path, file: Path) -> Source:
+def _open_file(path: Path, file: Path) -> AdapterSource:
     """Read one weights file; its contents and its hash are from the same state of the file."""
     before = FileState.of(file)
     metadata: dict[str, str] = {}
@@ -266,7 +266,7 @@ def _open_file(path: Path, file: Path) -> Source:
     # The hash of all bytes, also for a converted file: values may change under an unchanged header.
     sha256 = sha256_of(file)
     refuse_changed([before])
-    return Source(
+    return AdapterSource(
         path=path,
         file=file,
         name=file.stem,
@@ -280,7 +280,7 @@ def _open_file(path: Path, file: Path) -> Source:
     )
 
 
-def _joined(found: WeightsFiles, shards: list[Source]) -> dict[str, Array]:
+def _joined(found: WeightsFiles, shards: list[AdapterSource]) -> dict[str, Array]:
     """Return the tensors of all shards.
 
     Raises:
@@ -308,12 +308,12 @@ def _joined(found: WeightsFiles, shards: list[Source]) -> dict[str, Array]:
     return tensors
 
 
-def _joined_sha256(shards: list[Source]) -> str:
+def _joined_sha256(shards: list[AdapterSource]) -> str:
     lines = "".join(f"{shard.file.name} {shard.sha256}\n" for shard in shards)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def read_config(path: Path, given: Path) -> dict[str, Any]:
+def read_adapter_config(path: Path, given: Path) -> dict[str, Any]:
     """Read an ``adapter_config.json``, PEFT's or mlx-lm's.
 
     Args:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from lora_export.adapter import LoraModule
 from lora_export.errors import AdapterError
-from lora_export.formats.reading.source import Options, Source
+from lora_export.formats.reading.source import AdapterSource, ReadOptions
 from lora_export.untrusted.documents import json_of
 from lora_export.untrusted.numbers import decimal_number
 
@@ -54,8 +54,8 @@ class Stated:
 
 
 def stated_of(
-    source: Source,
-    options: Options,
+    source: AdapterSource,
+    options: ReadOptions,
     problems: list[str],
     component: str | None = None,
     ranks: Collection[int] = (),
@@ -92,7 +92,7 @@ def stated_of(
     return stated
 
 
-def check_alpha_tensors(alphas: Collection[float | None], options: Options, problems: list[str]) -> None:
+def check_alpha_tensors(alphas: Collection[float | None], options: ReadOptions, problems: list[str]) -> None:
     """Add a problem if every module has an ``.alpha`` tensor and the user states another number.
 
     Args:
@@ -109,7 +109,7 @@ def check_alpha_tensors(alphas: Collection[float | None], options: Options, prob
     )
 
 
-def check_claims(source: Source, modules: Iterable[LoraModule], problems: list[str]) -> None:
+def check_claims(source: AdapterSource, modules: Iterable[LoraModule], problems: list[str]) -> None:
     """Add a problem for each module without a magnitude where the metadata say that it was trained as DoRA.
 
     Read as plain LoRA it would be another change of the weight.
@@ -130,7 +130,7 @@ def check_claims(source: Source, modules: Iterable[LoraModule], problems: list[s
                 break
 
 
-def _arguments(source: Source) -> dict[str, str]:
+def _arguments(source: AdapterSource) -> dict[str, str]:
     """Return the arguments that a trainer was given; nothing where they are not a JSON object."""
     try:
         given = json_of(source.metadata.get(_ARGUMENTS, ""), _ARGUMENTS, AdapterError)
@@ -139,7 +139,7 @@ def _arguments(source: Source) -> dict[str, str]:
     return {key: str(value) for key, value in given.items()} if isinstance(given, dict) else {}
 
 
-def where_to_look(source: Source) -> str:
+def where_to_look(source: AdapterSource) -> str:
     """Return a text, for the refusal of a file without alpha, on a number in it that may be LoRA's."""
     bare = _number(source.metadata.get(_BARE_ALPHA, ""))
     for where, value in (*source.mentions, *([("the metadata's alpha", bare)] if bare else [])):
@@ -147,7 +147,7 @@ def where_to_look(source: Source) -> str:
     return ""
 
 
-def _check(stated: Stated, options: Options, ranks: Collection[int], problems: list[str]) -> None:
+def _check(stated: Stated, options: ReadOptions, ranks: Collection[int], problems: list[str]) -> None:
     """Add a problem if the file contradicts the user or itself."""
     if options.alpha is not None and stated.alpha != options.alpha:
         problems.append(

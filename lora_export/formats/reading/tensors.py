@@ -128,7 +128,9 @@ def value_problems(tensors: Iterable[tuple[str, Array]]) -> list[str]:
         elif not array.size:
             problems.append(f"{name}: shape {array.shape} holds no values (a shard saved without gathering?)")
         elif count := _not_finite(array):
-            problems.append(f"{name}: {count} of {array.size} values are NaN or infinite")
+            # Products are computed in float32.
+            beyond = ", or too large for float32" if array.dtype == np.float64 else ""
+            problems.append(f"{name}: {count} of {array.size} values are NaN or infinite{beyond}")
     return problems
 
 
@@ -137,5 +139,6 @@ def _not_finite(array: Array) -> int:
         # Found by the exponent's bits: widening bfloat16 first would cost two copies.
         bits = array.reshape(-1).view(np.uint16)
         return int(np.count_nonzero((bits & 0x7F80) == 0x7F80))
-    values = array.astype(np.float32) if array.dtype.itemsize == 1 else array
+    with np.errstate(over="ignore"):
+        values = array.astype(np.float32) if array.dtype.itemsize in (1, 8) else array
     return int(values.size - np.count_nonzero(np.isfinite(values)))

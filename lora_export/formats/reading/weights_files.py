@@ -64,7 +64,7 @@ class WeightsFiles:
         return (*self.files, *(first.with_name(name) for name in beside))
 
 
-def find_weights(path: Path) -> WeightsFiles:
+def find_adapter_weights(path: Path) -> WeightsFiles:
     """Return the files of the adapter at ``path``, a folder or a file.
 
     Raises:
@@ -105,7 +105,7 @@ def files_of(source: str | Path) -> list[Path]:
     """Return all files that reading the adapter at ``source`` reads; none if nothing is there."""
     path = Path(source)
     try:
-        found = find_weights(path)
+        found = find_adapter_weights(path)
     except AdapterError:  # made in memory, or moved since
         return [path] if exists(path) else []
     folder = found.files[0].parent

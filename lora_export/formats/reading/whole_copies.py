@@ -28,7 +28,7 @@ def saved_names(config: Mapping[str, Any]) -> list[str]:
     return [names] if isinstance(names, str) else [name for name in names if isinstance(name, str)]
 
 
-def is_below(parameter: str, name: str) -> bool:
+def is_in_module(parameter: str, name: str) -> bool:
     """Return whether a parameter belongs to a module, or to one inside it, whose path ends in a name."""
     module = parameter.rpartition(".")[0]
     while module:
@@ -40,10 +40,10 @@ def is_below(parameter: str, name: str) -> bool:
 
 def is_saved(adapter: Adapter, parameter: str) -> bool:
     """Return whether a parameter belongs to a module that was trained whole, by the adapter's config."""
-    return any(is_below(parameter, name) for name in saved_names(adapter.config))
+    return any(is_in_module(parameter, name) for name in saved_names(adapter.config))
 
 
-def reach_of(adapter: Adapter, parameter: str) -> Reach:
+def copy_reach(adapter: Adapter, parameter: str) -> Reach:
     """Return which parameters a whole copy in an adapter's file replaces.
 
     Args:

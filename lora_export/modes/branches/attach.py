@@ -18,7 +18,7 @@ from lora_export.sites import operator_named
 
 
 @dataclass(frozen=True, eq=False)
-class Added:
+class BranchProduct:
     """Product of a branch, ready to be added.
 
     Attributes:
@@ -47,7 +47,7 @@ class Attacher:
         self._write, self._gemm = write, gemm
         self.sums: list[ir.Value] = []
 
-    def attach(self, call: Call, group: list[Added]) -> None:
+    def attach(self, call: Call, group: list[BranchProduct]) -> None:
         """Let the readers of a call's result read the result plus the branches."""
         node, name = call.node, self._name(group)
         value = self._combined(call, group, name)
@@ -62,11 +62,11 @@ class Attacher:
         else:
             self._behind(call, value, scale=scale, name=name, ends=ends)
 
-    def _name(self, group: list[Added]) -> str:
+    def _name(self, group: list[BranchProduct]) -> str:
         """Return the beginning of the names: the text before ``.lora`` in the first branch's."""
         return str(group[0].value.name).partition(".lora.")[0]
 
-    def _combined(self, call: Call, group: list[Added], name: str) -> ir.Value:
+    def _combined(self, call: Call, group: list[BranchProduct], name: str) -> ir.Value:
         """Return one value of the call's width: pieces side by side, or the sum of padded ones."""
         value, rest = group[0].value, group[1:]
         if not rest:
@@ -82,7 +82,7 @@ class Attacher:
             )
         return value
 
-    def _combined_scale(self, call: Call, group: list[Added], name: str) -> ir.Value | None:
+    def _combined_scale(self, call: Call, group: list[BranchProduct], name: str) -> ir.Value | None:
         """Return DoRA's factors in the call's width, with ones where there is no module."""
         if group[0].scale is None:
             return None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from lora_export.graph.exposed import ExposedModule, Member
-from lora_export.modes.branches.calls import Branch, Piece, tiled
+from lora_export.modes.branches.calls import Branch, Piece, covers_outputs
 
 _PACKS = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 
@@ -143,7 +143,7 @@ def partly_covered(bundles: Iterable[Bundle]) -> set[int]:
     for bundle in bundles:
         for piece in bundle.pieces:
             pieces[id(piece.call)].append(piece)
-    return {key for key, found in pieces.items() if not tiled(found[0].call, found)}
+    return {key for key, found in pieces.items() if not covers_outputs(found[0].call, found)}
 
 
 def with_ranks(bundle: Bundle, ranks: dict[str, tuple[int, ...]]) -> Bundle:

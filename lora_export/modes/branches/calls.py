@@ -15,7 +15,7 @@ from lora_export.plan import Refusal
 from lora_export.sites import operator_named
 from lora_export.sites.fit import stored_shape
 from lora_export.sites.operand import DEQUANTIZE, QUANTIZE, Use
-from lora_export.sites.target import Part, Site, Target
+from lora_export.sites.target import ConstantPart, Site, Target
 from lora_export.sites.values.held import held_of, name_of_floats
 from lora_export.sites.values.ranges import may_hold_activation
 from lora_export.sites.values.verify import rectangle
@@ -216,7 +216,7 @@ def _values(site: Site) -> Array | Refusal:
     return values
 
 
-def _stored(parts: tuple[Part, ...], *, codes: bool) -> tuple[StoredRows, ...]:
+def _stored(parts: tuple[ConstantPart, ...], *, codes: bool) -> tuple[StoredRows, ...]:
     """Return the stored rows of W0, without those in a second constant (exporters repeat shared weights).
 
     Args:
@@ -307,7 +307,7 @@ def _unquantised(x: ir.Value) -> ir.Value:
     return x
 
 
-def tiled(call: Call, pieces: list[Piece]) -> bool:
+def covers_outputs(call: Call, pieces: list[Piece]) -> bool:
     """Return True if pieces cover all outputs of a call, without gap or overlap."""
     at = 0
     for piece in sorted(pieces, key=lambda piece: piece.offset):

@@ -20,7 +20,7 @@ from lora_export.graph.onnx_file import GraphFile, save_graph
 from lora_export.machines.packages import package_versions
 from lora_export.modes.branches.inputs import ir_type
 from lora_export.modes.quantising.choice import choice_of
-from lora_export.modes.quantising.quantise import Quantised, Quantising, packages_of, quantise
+from lora_export.modes.quantising.quantise import QuantisedWeights, Quantising, packages_of, quantise
 from lora_export.plan import Plan
 from lora_export.storage.beside import stage_beside
 from lora_export.storage.hashes import FileHash, hash_content, hash_written
@@ -55,7 +55,12 @@ class ExposeReport:
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
     reads: tuple[Path, ...] = ()
-    quantised: Quantised | None = None
+    quantised: QuantisedWeights | None = None
+
+    def __str__(self) -> str:
+        """Return a few lines: what was exposed, warnings, and the files."""
+        plan = replace(self.plan, warnings=tuple(dict.fromkeys((*self.plan.warnings, *self.warnings))))
+        return "\n".join(plan.summary(self.outputs.values(), self.dry_run))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

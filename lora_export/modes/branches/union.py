@@ -7,13 +7,13 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from lora_export.adapter import Adapter, LoraModule
-from lora_export.base.placing.plan_rows import OtherValues
+from lora_export.base.planning.plan_rows import OtherValues
 from lora_export.errors import SiteError
 from lora_export.formats.provenance import refuse_other_bases
 from lora_export.formats.schemes import fitted
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.modes.branches.calls import Branch, Call
-from lora_export.modes.branches.place import place_branches
+from lora_export.modes.branches.find_branches import find_branches
 from lora_export.plan import Plan
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.target import Target, targets_of
@@ -106,7 +106,7 @@ class Union:
         )
 
     def _place(self, adapter: Adapter | None, targets: Sequence[Target]) -> list[Branch]:
-        plan, branches = place_branches(
+        plan, branches = find_branches(
             self._graph,
             self._resolver,
             adapter=adapter,

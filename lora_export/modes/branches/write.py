@@ -22,7 +22,7 @@ from lora_export.errors import GraphError
 from lora_export.graph.exposed import ExposedModule
 from lora_export.graph.nodes import Attributes, NodeWriter, model_names
 from lora_export.graph.onnx_file import GraphFile
-from lora_export.modes.branches.attach import Added, Attacher, column
+from lora_export.modes.branches.attach import Attacher, BranchProduct, column
 from lora_export.modes.branches.bundles import Bundle, partly_covered
 from lora_export.modes.branches.calls import Call, Piece
 from lora_export.modes.branches.gate import BankGate
@@ -97,7 +97,7 @@ class BranchWriter:
             The sums.
         """
         partly = partly_covered(bundles)
-        added: dict[int, list[Added]] = defaultdict(list)
+        added: dict[int, list[BranchProduct]] = defaultdict(list)
         for bundle in bundles:
             for found in self._products(bundle, tensors[bundle.module.name], partly):
                 added[id(found.piece.call)].append(found)
@@ -106,7 +106,7 @@ class BranchWriter:
             attacher.attach(group[0].piece.call, sorted(group, key=lambda one: one.piece.offset))
         return attacher.sums
 
-    def _products(self, bundle: Bundle, tensors: Tensors, partly: set[int]) -> Iterable[Added]:
+    def _products(self, bundle: Bundle, tensors: Tensors, partly: set[int]) -> Iterable[BranchProduct]:
         """Yield a product for each piece; pieces that read the same activation share the first one.
 
         They don't share it across graphs: one branch of an If can't read the values of the other.
@@ -172,7 +172,7 @@ class BranchWriter:
 
     def _split(
         self, anchor: ir.Node, module: ExposedModule, down: ir.Value, pieces: list[Piece], tensors: Tensors
-    ) -> Iterable[Added]:
+    ) -> Iterable[BranchProduct]:
         """Return one up-projection cut into the pieces' rows; two calls with one x need no cut."""
         dtype = pieces[0].call.dtype
         up = self._up(anchor, module, down=down, b=tensors.b[0], dtype=dtype)
@@ -193,7 +193,9 @@ class BranchWriter:
                 cut = self._write.split(anchor, tensors.scale, sizes=sizes, names=names, dtype=dtype)
                 scales = dict(zip(ranges, cut, strict=True))
         for piece in pieces:
-            yield Added(piece, self._rescaled(anchor, module, parts[piece.rows], piece), scales[piece.rows])
+            yield BranchProduct(
+                piece, self._rescaled(anchor, module, parts[piece.rows], piece), scales[piece.rows]
+            )
 
     def _one(
         self,
@@ -203,7 +205,7 @@ class BranchWriter:
         piece: Piece,
         tensors: Tensors,
         partly: bool,
-    ) -> Added:
+    ) -> BranchProduct:
         """Return the up-projection of one piece; if its call has gaps, in the call's width with B padded."""
         start, stop = piece.rows
         b, scale, bias, dtype = tensors.b[0], tensors.scale, tensors.bias, piece.call.dtype
@@ -236,7 +238,7 @@ class BranchWriter:
         up = self._up(anchor, module, down=down, b=b, dtype=dtype)
         width = piece.call.width if partly else stop - start
         up = self._with_bias(anchor, module, up=up, bias=bias, width=width, call=piece.call)
-        return Added(piece, self._rescaled(anchor, module, up, piece), scale)
+        return BranchProduct(piece, self._rescaled(anchor, module, up, piece), scale)
 
     def _padded(
         self, anchor: ir.Node, module: ExposedModule, value: ir.Value, piece: Piece, axes: int

@@ -13,7 +13,7 @@ from lora_export.base.checkpoint.sentence_modules import module_paths
 from lora_export.base.checkpoint.vocabulary import resized_config
 from lora_export.base.checkpoint.weight_files import is_index, read_object
 from lora_export.base.history.history import MANIFEST
-from lora_export.base.placing.changes import Placed
+from lora_export.base.planning.checkpoint_plan import CheckpointPlan
 from lora_export.base.ties.ties import untied_config
 from lora_export.errors import CheckpointError
 from lora_export.modes.merging.checkpoint_layout import Layout
@@ -129,9 +129,9 @@ def write_index(checkpoint: Checkpoint, layouts: Sequence[Layout], folder: Path)
     if checkpoint.index is None:
         return
     index = read_object(checkpoint.index)
-    size = sum(slot.length for layout in layouts for slot in layout.slots)
+    size = sum(entry.length for layout in layouts for entry in layout.entries)
     files = zip(checkpoint.shards, layouts, strict=True)
-    names = {slot.name: shard.path.name for shard, layout in files for slot in layout.slots}
+    names = {entry.name: shard.path.name for shard, layout in files for entry in layout.entries}
     before = sum(tensor.length for tensor in checkpoint.tensors.values())
     if names.keys() == checkpoint.tensors.keys() and size == before:
         return
@@ -142,7 +142,7 @@ def write_index(checkpoint: Checkpoint, layouts: Sequence[Layout], folder: Path)
 
 
 def write_config(
-    checkpoint: Checkpoint, folder: Path, placed: Placed, dtype: str | None, dequantised: bool
+    checkpoint: Checkpoint, folder: Path, placed: CheckpointPlan, dtype: str | None, dequantised: bool
 ) -> None:
     """Change the config's entries on dtype, tied embeddings, quantisation and vocabulary, if they changed."""
     changed = dtype is not None or placed.untied or dequantised or placed.vocabulary is not None

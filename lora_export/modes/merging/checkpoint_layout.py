@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from lora_export.base.placing.changes import Placed, view_of
+from lora_export.base.planning.checkpoint_plan import CheckpointPlan, view_of
 from lora_export.storage.safetensors import DTYPES, FLOATS, METADATA, FileHeader, StoredTensor, header_bytes
 from lora_export.storage.stream import BytesPiece, CopyPiece, MergePiece, Piece, RequantisedPiece
 from lora_export.untrusted.documents import open_regular
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slot:
+class OutputTensor:
     """Tensor of the output.
 
     Attributes:
@@ -42,16 +42,16 @@ class Layout:
     """File of the output: its header's bytes and its tensors, in file order."""
 
     header: bytes
-    slots: tuple[Slot, ...]
+    entries: tuple[OutputTensor, ...]
     size: int
 
     @cached_property
-    def by_name(self) -> dict[str, Slot]:
+    def by_name(self) -> dict[str, OutputTensor]:
         """Tensors by their names."""
-        return {slot.name: slot for slot in self.slots}
+        return {entry.name: entry for entry in self.entries}
 
 
-def layout_of(shard: FileHeader, placed: Placed, code: str | None) -> Layout:
+def layout_of(shard: FileHeader, placed: CheckpointPlan, code: str | None) -> Layout:
     """Return the layout of a shard in the output.
 
     The header is written again only if it has to change; the metadata and the order of names and data stay.
@@ -76,38 +76,38 @@ def layout_of(shard: FileHeader, placed: Placed, code: str | None) -> Layout:
     if same and all(c == t.code for c, (_, t) in zip(codes, wanted, strict=True)):
         with open_regular(shard.path) as file:
             header = file.read(shard.data_start)
-        slots = [
-            Slot(name=name, tensor=t, code=t.code, shape=t.shape, at=t.offset, length=t.length)
+        entries = [
+            OutputTensor(name=name, tensor=t, code=t.code, shape=t.shape, at=t.offset, length=t.length)
             for name, t in wanted
         ]
-        return Layout(header, tuple(slots), shard.size)
-    at, slots = 0, []
+        return Layout(header, tuple(entries), shard.size)
+    at, entries = 0, []
     for (name, tensor), new in zip(wanted + added, codes, strict=True):
         shape = placed.resized.get(name, tensor.shape)
         same = new == tensor.code and shape == tensor.shape
         length = tensor.length if same else math.prod(shape) * DTYPES[new].itemsize
-        slots.append(Slot(name=name, tensor=tensor, code=new, shape=shape, at=at, length=length))
+        entries.append(OutputTensor(name=name, tensor=tensor, code=new, shape=shape, at=at, length=length))
         at += length
-    header = _header(shard, slots)
-    moved = tuple(replace(slot, at=slot.at + len(header)) for slot in slots)
+    header = _header(shard, entries)
+    moved = tuple(replace(entry, at=entry.at + len(header)) for entry in entries)
     return Layout(header, moved, at + len(header))
 
 
-def pieces_of(layout: Layout, placed: Placed) -> Iterator[Piece]:
+def pieces_of(layout: Layout, placed: CheckpointPlan) -> Iterator[Piece]:
     """Yield the pieces of the file; runs of unchanged tensors become one copy, patches are computed late."""
     yield BytesPiece(layout.header, 0)
     run: CopyPiece | None = None
     requantised = _requantised(layout, placed)
-    for slot in layout.slots:
-        if slot.name in requantised:
-            piece: Piece | None = requantised[slot.name]
-        elif not placed.changes.get(slot.name) and slot.code == slot.tensor.code:
-            run, done = _extended(run, slot)
+    for entry in layout.entries:
+        if entry.name in requantised:
+            piece: Piece | None = requantised[entry.name]
+        elif not placed.changes.get(entry.name) and entry.code == entry.tensor.code:
+            run, done = _extended(run, entry)
             if done is not None:
                 yield done
             continue
         else:
-            piece = _merged(slot, placed)
+            piece = _merged(entry, placed)
         if run is not None:
             yield run
             run = None
@@ -117,28 +117,28 @@ def pieces_of(layout: Layout, placed: Placed) -> Iterator[Piece]:
         yield run
 
 
-def _merged(slot: Slot, placed: Placed) -> MergePiece:
+def _merged(entry: OutputTensor, placed: CheckpointPlan) -> MergePiece:
     """Return the piece for a tensor that is changed, or written in another dtype."""
-    out = FLOATS[slot.code]
-    values = placed.quantised.values(slot.name) if slot.name in placed.quantised.scaled else None
-    if slot.name in placed.resized:
+    out = FLOATS[entry.code]
+    values = placed.quantised.values(entry.name) if entry.name in placed.quantised.scaled else None
+    if entry.name in placed.resized:
         # The adapter's values replace all of it.
-        values = np.broadcast_to(np.zeros(1, FLOATS[slot.tensor.code]), slot.shape)
-    stored = FLOATS[slot.tensor.code] if values is None else values.dtype
+        values = np.broadcast_to(np.zeros(1, FLOATS[entry.tensor.code]), entry.shape)
+    stored = FLOATS[entry.tensor.code] if values is None else values.dtype
     wide: type[Any] = np.float64 if np.dtype(np.float64) in (stored, out) else np.float32
     return MergePiece(
-        name=slot.name,
-        source=slot.tensor.file if values is None else values,
-        offset=slot.tensor.offset,
-        at=slot.at,
-        shape=view_of(slot.shape, slot.name in placed.stacked),
+        name=entry.name,
+        source=entry.tensor.file if values is None else values,
+        offset=entry.tensor.offset,
+        at=entry.at,
+        shape=view_of(entry.shape, entry.name in placed.stacked),
         dtype_in=stored,
         dtype_out=out,
-        patches=[make(wide) for make in placed.changes.get(slot.name, [])],
+        patches=[make(wide) for make in placed.changes.get(entry.name, [])],
     )
 
 
-def _requantised(layout: Layout, placed: Placed) -> dict[str, RequantisedPiece | None]:
+def _requantised(layout: Layout, placed: CheckpointPlan) -> dict[str, RequantisedPiece | None]:
     """Return the pieces for changed codes and their scales; None for a tensor written with the other one."""
     found: dict[str, RequantisedPiece | None] = {}
     for name, scaled in placed.quantised.scaled.items():
@@ -160,16 +160,16 @@ def _requantised(layout: Layout, placed: Placed) -> dict[str, RequantisedPiece |
     return found
 
 
-def _extended(run: CopyPiece | None, slot: Slot) -> tuple[CopyPiece, CopyPiece | None]:
-    """Return the run with the slot, and a finished run if the slot doesn't continue it."""
-    tensor = slot.tensor
-    if run is not None and (run.offset + run.length, run.at + run.length) == (tensor.offset, slot.at):
-        return CopyPiece(run.source, run.offset, run.length + slot.length, run.at), None
-    return CopyPiece(tensor.file, tensor.offset, slot.length, slot.at), run
+def _extended(run: CopyPiece | None, entry: OutputTensor) -> tuple[CopyPiece, CopyPiece | None]:
+    """Return the run with the entry, and a finished run if the entry doesn't continue it."""
+    tensor = entry.tensor
+    if run is not None and (run.offset + run.length, run.at + run.length) == (tensor.offset, entry.at):
+        return CopyPiece(run.source, run.offset, run.length + entry.length, run.at), None
+    return CopyPiece(tensor.file, tensor.offset, entry.length, entry.at), run
 
 
-def _header(shard: FileHeader, slots: list[Slot]) -> bytes:
-    by_name = {slot.name: slot for slot in slots}
+def _header(shard: FileHeader, entries: list[OutputTensor]) -> bytes:
+    by_name = {entry.name: entry for entry in entries}
     order = [*shard.content, *(name for name in by_name if name not in shard.content)]
     header: dict[str, Any] = {}
     for name in order:
@@ -178,7 +178,7 @@ def _header(shard: FileHeader, slots: list[Slot]) -> bytes:
             continue
         if name not in by_name:
             continue
-        slot = by_name[name]
-        offsets = [slot.at, slot.at + slot.length]
-        header[name] = {"dtype": slot.code, "shape": list(slot.shape), "data_offsets": offsets}
+        entry = by_name[name]
+        offsets = [entry.at, entry.at + entry.length]
+        header[name] = {"dtype": entry.code, "shape": list(entry.shape), "data_offsets": offsets}
     return header_bytes(header)

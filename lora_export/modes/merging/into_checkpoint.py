@@ -17,9 +17,9 @@ from lora_export.base.history.history import MANIFEST
 from lora_export.base.history.merged import refuse_contained, refuse_merged
 from lora_export.base.own_base import compared_with_own
 from lora_export.base.pipeline import refuse_other_components
-from lora_export.base.placing.changes import Placed
-from lora_export.base.placing.places import place_adapters
-from lora_export.base.placing.refuse import refuse_unplaced
+from lora_export.base.planning.checkpoint_plan import CheckpointPlan
+from lora_export.base.planning.find_sites import plan_checkpoint
+from lora_export.base.planning.refuse import refuse_without_site
 from lora_export.base.ties.copies import refuse_copies, refuse_overwriting
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.modes.merging.checkpoint_files import (
@@ -49,7 +49,7 @@ class CheckpointMerge:
     """
 
     checkpoint: Checkpoint
-    placed: Placed
+    placed: CheckpointPlan
     layouts: tuple[Layout, ...]
     dtype: str | None
 
@@ -121,8 +121,8 @@ def plan_merge(
     quantised = find_quantised(checkpoint)
     notes = [*checkpoint.notes, *refuse_other_components(adapters, [checkpoint.folder])]
     refuse_merged(checkpoint.folder, adapters)
-    placed = place_adapters(checkpoint, adapters, weights=factors, quantised=quantised, resize=resize)
-    refuse_unplaced(checkpoint, adapters, placed, allow_unmatched)
+    placed = plan_checkpoint(checkpoint, adapters, weights=factors, quantised=quantised, resize=resize)
+    refuse_without_site(checkpoint, adapters, placed, allow_unmatched)
     refuse_copies(placed.copied, adapters)
     refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, adapters)
     compared, others = compared_with_own(checkpoint, adapters)

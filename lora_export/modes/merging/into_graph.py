@@ -11,23 +11,23 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Adapter
-from lora_export.base.history.history import part_of
+from lora_export.base.history.history import rows_name
 from lora_export.base.history.in_graph import (
     MERGED_BASE_KEY,
     MERGED_KEY,
     entries_of,
-    joined,
+    joined_entries,
     merged_in,
     refuse_merged_into,
 )
-from lora_export.base.placing.plan_rows import placed_row, refuse_misses, refuse_unaccounted, refused_row
+from lora_export.base.planning.plan_rows import placed_row, refuse_misses, refuse_unaccounted, refused_row
 from lora_export.base.ties.copies import Copied, are_judged, refuse_copies, refuse_overwriting, untrained_note
 from lora_export.base.ties.tied_ends import with_tied_ends
 from lora_export.errors import SiteError
 from lora_export.formats.schemes import fitted
-from lora_export.graph.external_data import Change, merged_values
+from lora_export.graph.external_data import InitializerChange, merged_values
 from lora_export.graph.onnx_file import GraphFile, drop_dead
-from lora_export.modes.branches.place import holds, refuse_exposed
+from lora_export.modes.branches.find_branches import holds_already, refuse_exposed
 from lora_export.plan import Plan, PlanRow, Refusal
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.grouped import grouped_dora
@@ -56,7 +56,7 @@ def plan_changes(
     factors: Sequence[float],
     weight_of: BaseWeights | None,
     allow_unmatched: bool,
-) -> tuple[Plan, dict[ir.Value, Change]]:
+) -> tuple[Plan, dict[ir.Value, InitializerChange]]:
     """Resolve every target of every adapter, then give each its constant and its patches.
 
     Args:
@@ -150,7 +150,7 @@ class _Search:
                 uses=self._resolver.uses,
                 shared=self._shared,
             )
-        unchanged = [site for site in sites if self._judged and _is_copy(site) and holds(site)]
+        unchanged = [site for site in sites if self._judged and _is_copy(site) and holds_already(site)]
         changed = [site for site in sites if site not in unchanged]
         self.rows += [placed_row(adapter, site, "unchanged") for site in unchanged]
         self.rows += [placed_row(adapter, site) for site in changed]
@@ -191,7 +191,7 @@ def _copied(owner: int, adapter: Adapter, factor: float, sites: Sequence[Site]) 
             count = placement.rows[1] - placement.rows[0]
             whole = count * target.matrix[1] == part.root.const_value.size
             name = str(part.root.name)
-            stored = name if whole else part_of(name, target.key)
+            stored = name if whole else rows_name(name, target.key)
             values = target.values if _is_copy(site) else None
             dora = target.module is not None and target.module.magnitude is not None
             for use in part.uses:
@@ -230,7 +230,7 @@ def _results(found: list[tuple[Adapter, float, list[Site]]]) -> list[ir.Value]:
 
 
 def _kept_by_grids(
-    graph: GraphFile, rounded: Mapping[ir.Value, list[Use]], changes: Mapping[ir.Value, Change]
+    graph: GraphFile, rounded: Mapping[ir.Value, list[Use]], changes: Mapping[ir.Value, InitializerChange]
 ) -> list[str]:
     """Return a warning for each weight that the graph rounds to a grid which loses much of the change.
 
@@ -269,7 +269,7 @@ def _kept_by_grids(
 
 def _changes(
     found: list[tuple[Adapter, float, list[Site]]], isolator: Isolator
-) -> tuple[dict[ir.Value, Change], dict[ir.Value, list[Use]]]:
+) -> tuple[dict[ir.Value, InitializerChange], dict[ir.Value, list[Use]]]:
     """Return the change of each constant, and the uses of those that the graph rounds."""
     wanted: dict[ir.Value, list[tuple[Target, Placement, float]]] = defaultdict(list)
     rounded: dict[ir.Value, list[Use]] = defaultdict(list)
@@ -282,7 +282,7 @@ def _changes(
                 if ways := [use for use in part.uses if quantisers(use)]:
                     rounded[value] += ways
     changes = {
-        value: Change(partial(_patches, group, _work_dtype(value)), group[0][0].experts > 1)
+        value: InitializerChange(partial(_patches, group, _work_dtype(value)), group[0][0].experts > 1)
         for value, group in wanted.items()
     }
     return changes, rounded
@@ -341,5 +341,5 @@ def mark_merged(
         base_sha256: Hash of the base.
     """
     before = model.metadata_props.get(MERGED_KEY, "")
-    model.metadata_props[MERGED_KEY] = joined(before, entries_of(adapters, factors))
+    model.metadata_props[MERGED_KEY] = joined_entries(before, entries_of(adapters, factors))
     model.metadata_props.setdefault(MERGED_BASE_KEY, base_sha256)

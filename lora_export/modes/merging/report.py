@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_export.modes.quantising.quantise import Quantised
+from lora_export.modes.quantising.quantise import QuantisedWeights
 from lora_export.plan import Plan
 from lora_export.storage.rounding import Rounding, rounding_dict, total_of
 
@@ -35,7 +35,7 @@ class MergeReport:
     shared_bytes: int = 0
     left_out: tuple[str, ...] = ()
     dry_run: bool = False
-    quantised: Quantised | None = None
+    quantised: QuantisedWeights | None = None
 
     @property
     def total(self) -> Rounding:
@@ -58,6 +58,13 @@ class MergeReport:
                 lost += (weight.relative * weight.norm) ** 2
                 delta += sum(cost.delta_squared * cost.elements / cost.measured for cost in mine)
         return math.sqrt(lost / delta) if delta else None
+
+    def __str__(self) -> str:
+        """Return a few lines: what was changed, what rounding cost, and the files."""
+        lines = self.plan.summary(self.outputs.values(), self.dry_run)
+        if self.roundings:
+            lines.insert(1, f"rounding lost {self.total.relative:.2%} of the adapters' change")
+        return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -17,7 +17,7 @@ from lora_export.adapter import Array
 
 
 @dataclass(frozen=True, eq=False)
-class Codes:
+class BlockCodes:
     """Codes of some rows of a weight.
 
     Attributes:
@@ -59,7 +59,7 @@ class Method:
         packages: Packages that it needs besides ONNX Runtime.
     """
 
-    quantise: Callable[[Array, int, int, bool], Codes]
+    quantise: Callable[[Array, int, int, bool], BlockCodes]
     symmetric: tuple[bool, ...]
     float_zeros: bool = False
     packages: tuple[str, ...] = ()

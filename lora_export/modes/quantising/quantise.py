@@ -15,7 +15,7 @@ from lora_export.adapter import Array
 from lora_export.errors import GraphError
 from lora_export.graph.exposed import KEY as LORA_KEY
 from lora_export.graph.exposed import ExposedModule, lora_record_of
-from lora_export.graph.external_data import Change, merged_values
+from lora_export.graph.external_data import InitializerChange, merged_values
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.graph.quantised import QuantisedRecord, QuantisedWeight, add_record
 from lora_export.modes.quantising.choice import QuantiseChoice, checked
@@ -29,7 +29,7 @@ _SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantised:
+class QuantisedWeights:
     """Weights that a mode quantised and left, or with ``dry_run`` would.
 
     Attributes:
@@ -76,11 +76,11 @@ class Quantising:
     """
 
     graph: GraphFile
-    quantised: Quantised
+    quantised: QuantisedWeights
     coded: Sequence[tuple[CodedWeight, str]]
     roundings: dict[str, Rounding] = field(default_factory=dict)
 
-    def finished(self) -> Quantised:
+    def finished(self) -> QuantisedWeights:
         """Put the record of what was written into the graph's metadata; return it with the plan."""
         choice = self.quantised.choice
         weights = []
@@ -110,7 +110,7 @@ class Quantising:
 def quantise(
     graph: GraphFile,
     choice: QuantiseChoice,
-    changes: Mapping[ir.Value, Change] | None = None,
+    changes: Mapping[ir.Value, InitializerChange] | None = None,
     *,
     rounding: Mode = "sample",
     scratch: Path | None = None,
@@ -146,11 +146,11 @@ def quantise(
         coded.append((weight, writer.replace(weight)))
     writer.finish()
     _forget_stored(graph, {str(product.root.name) for product in products})
-    quantised = Quantised(choice=choice, rows=tuple(rows))
+    quantised = QuantisedWeights(choice=choice, rows=tuple(rows))
     return Quantising(graph=graph, quantised=quantised, coded=coded, roundings=roundings)
 
 
-def packages_of(quantised: Quantised | None) -> list[str]:
+def packages_of(quantised: QuantisedWeights | None) -> list[str]:
     """Return the packages whose versions determine the bytes that are written."""
     return ["numpy", "ml_dtypes", "onnx-ir", *(["onnxruntime"] if quantised else [])]
 
@@ -170,7 +170,12 @@ def _stored(tensor: ir.TensorProtocol) -> Array:
 
 
 def _merged(
-    root: ir.Value, change: Change, *, rounding: Mode, scratch: Path | None, costs: dict[str, Rounding]
+    root: ir.Value,
+    change: InitializerChange,
+    *,
+    rounding: Mode,
+    scratch: Path | None,
+    costs: dict[str, Rounding],
 ) -> Array:
     mine: dict[str, Rounding] = {}
     values = merged_values(root, change, rounding=rounding, scratch=scratch, costs=mine)

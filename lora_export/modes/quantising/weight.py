@@ -16,7 +16,7 @@ from lora_export.adapter import Array
 from lora_export.errors import CheckpointError
 from lora_export.graph.onnx_file import release
 from lora_export.modes.quantising.choice import QuantiseChoice
-from lora_export.modes.quantising.codes import Codes, Method
+from lora_export.modes.quantising.codes import BlockCodes, Method
 from lora_export.modes.quantising.find import Product
 
 # Values that are quantised together: 16 MB in float32.
@@ -116,7 +116,7 @@ class CodedWeight:
         product, bits = self.product, self._choice.bits
         values = self._values()
         step = max(1, _CHUNK // product.columns)
-        made: list[Codes] = []
+        made: list[BlockCodes] = []
         error = squared = 0.0
         for start in range(0, product.rows, step):
             chunk = self._chunk(values, start, min(start + step, product.rows))
@@ -149,7 +149,7 @@ class CodedWeight:
         half = self.product.dtype is ir.DataType.FLOAT16
         return np.ascontiguousarray(part, np.float16 if half else np.float32)
 
-    def _coded(self, chunk: Array) -> Codes:
+    def _coded(self, chunk: Array) -> BlockCodes:
         choice = self._choice
         codes = self._method.quantise(chunk, choice.bits, choice.block_size, choice.is_symmetric)
         dtype: np.dtype[Any] = self.product.dtype.numpy()
@@ -158,4 +158,4 @@ class CodedWeight:
         zeros = codes.zeros
         if zeros is not None and zeros.dtype != np.uint8:
             zeros = zeros.astype(dtype)
-        return Codes(codes.packed, codes.scales.astype(dtype), zeros)
+        return BlockCodes(codes.packed, codes.scales.astype(dtype), zeros)

@@ -14,7 +14,7 @@ from lora_export.graph.exposed import KEY, lora_record_of
 from lora_export.graph.external_data import plan_data, write_data
 from lora_export.graph.onnx_file import GraphFile, byte_size, save_graph
 from lora_export.machines.packages import package_versions
-from lora_export.modes.quantising.quantise import Quantised, Quantising, packages_of
+from lora_export.modes.quantising.quantise import QuantisedWeights, Quantising, packages_of
 from lora_export.storage.hashes import FileHash, hash_content, hash_written, identity_of, identity_of_graph
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.manifest import Manifest
@@ -37,7 +37,7 @@ class QuantiseReport:
         dry_run: True if nothing was written.
     """
 
-    quantised: Quantised
+    quantised: QuantisedWeights
     outputs: dict[str, Path]
     size_bytes: int
     before_bytes: int

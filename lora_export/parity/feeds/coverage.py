@@ -29,7 +29,7 @@ _RANGES = 3
 
 
 @dataclass(kw_only=True)
-class Table:
+class EmbeddingTable:
     """An embedding that an adapter changes.
 
     Attributes:
@@ -80,7 +80,7 @@ class Coverage:
     """
 
     sides: Sides
-    tables: dict[str, Table] = field(default_factory=dict)
+    tables: dict[str, EmbeddingTable] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     _graph: GraphFile | None = None
     _probes: tuple[Probe, ...] = ()
@@ -91,7 +91,7 @@ class Coverage:
         made, reference = cls(sides=sides), sides.reference
         if isinstance(reference, CheckpointReference):
             for path, owner in reference.model.changed_embeddings.items():
-                made.tables[path] = Table(path=path, read=np.zeros(len(owner.get()), np.bool_))
+                made.tables[path] = EmbeddingTable(path=path, read=np.zeros(len(owner.get()), np.bool_))
         else:
             made._look_into_the_graph()
         return made
@@ -145,17 +145,17 @@ class Coverage:
         }
         if not shapes:
             return
-        path = self.sides.candidate.about.path
-        if path.suffix != ".onnx":
+        about = self.sides.candidate.about
+        if about.is_engine:
             self.unknown = dict.fromkeys(shapes, "the candidate is an engine, the reference not a checkpoint")
             return
-        self._graph = load_graph(path)
+        self._graph = load_graph(about.path)
         probes, missing = find_probes(self._graph, list(shapes.values()), lambda _: None)
         self._probes = tuple(probe for probe in probes if probe.x is not None)
         known = {probe.module for probe in self._probes}
         for module, shape in shapes.items():
             if module in known:
-                self.tables[module] = Table(path=module, read=np.zeros(shape.shape[0], np.bool_))
+                self.tables[module] = EmbeddingTable(path=module, read=np.zeros(shape.shape[0], np.bool_))
             else:
                 refusal = missing.get(module)
                 self.unknown[module] = refusal.detail if refusal else "its indices are not seen in the graph"

@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_export.errors import BackendError
 from lora_export.parity.comparison import Comparison
-from lora_export.parity.feeds.coverage import Coverage, Table
+from lora_export.parity.feeds.coverage import Coverage, EmbeddingTable
 from lora_export.parity.feeds.made import Feed, make_feeds
 from lora_export.parity.feeds.sizes import LENGTHS, Sizes, chosen_batches, chosen_sequences
 from lora_export.parity.sides.reference import CheckpointReference
@@ -66,7 +66,7 @@ class FurtherFeeds:
                     break
         return notes
 
-    def _feeds(self, table: Table) -> Iterator[Feed]:
+    def _feeds(self, table: EmbeddingTable) -> Iterator[Feed]:
         """Yield feeds that may read more of a table, the best one first."""
         unread = table.unread
         if not unread:
@@ -132,7 +132,7 @@ class FurtherFeeds:
         runs.append(feed)
         return []
 
-    def _is_longest(self, table: Table, feed: Feed) -> bool:
+    def _is_longest(self, table: EmbeddingTable, feed: Feed) -> bool:
         """Return True if rows are still unread because the model has no more positions."""
         length = max((values.shape[1] for values in feed.values.values() if values.ndim == 2), default=0)
         return length == self._sizes.longest or (not table.is_vocabulary and length < self._most)

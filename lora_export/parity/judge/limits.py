@@ -101,7 +101,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Rounding:
+class StatedRounding:
     """Cost of rounding by the merge's manifest.
 
     Attributes:
@@ -189,7 +189,7 @@ def limit_of(
     own: tuple[float, float] | None,
     worst_own: float | None,
     effect: float,
-    rounding: Rounding | None,
+    rounding: StatedRounding | None,
     ties: tuple[float, float] = (0.0, 0.0),
     codes: CodesLoss | None = None,
 ) -> Limit:
@@ -251,7 +251,7 @@ def effect_limit(
     dtype: str,
     own: float | None,
     effect: float,
-    rounding: Rounding | None,
+    rounding: StatedRounding | None,
     ties: float = 0.0,
     codes: tuple[float, str] = (0.0, ""),
 ) -> tuple[float, str]:

@@ -16,7 +16,7 @@ from lora_export.parity.judge.limits import (
     TIES_FACTOR,
     CodesLoss,
     Limit,
-    Rounding,
+    StatedRounding,
     applied_limit,
     effect_limit,
     limit_of,
@@ -70,7 +70,7 @@ class Judge:
 
     dtype: str
     tolerance: Tolerance = field(default_factory=Tolerance)
-    rounding: Rounding | None = None
+    rounding: StatedRounding | None = None
     codes: CodesLoss | None = None
     switches: bool = False
     limits: dict[tuple[State, str], Limit] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from lora_export.adapter import Array
 from lora_export.graph.onnx_file import stored_matrix
 from lora_export.sites import fit
 from lora_export.sites.operand import Use
-from lora_export.sites.target import Part, Site, Target
+from lora_export.sites.target import ConstantPart, Site, Target
 
 # Least mean cosine of the compared rows.
 _LEAST = 0.5
@@ -49,7 +49,9 @@ class Nearest:
             if found is not None and found[0] > best:
                 best = found[0]
                 placement = fit.placement_at(found[1], (0, target.matrix[0]), use.transposed)
-                site = Site(target=target, parts=(Part(use.root, (use,), (placement,)),), evidence="content")
+                site = Site(
+                    target=target, parts=(ConstantPart(use.root, (use,), (placement,)),), evidence="content"
+                )
         return site
 
 

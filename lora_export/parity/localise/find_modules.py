@@ -18,16 +18,16 @@ from lora_export.graph.exposed import KEY, StoredRows, lora_record_of
 from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile
 from lora_export.modes.branches.calls import branch_of
 from lora_export.parity.localise.by_content import Nearest
-from lora_export.parity.localise.walk import Tap, Walker
+from lora_export.parity.localise.walk import ModuleWalker, Tap
 from lora_export.plan import Refusal
 from lora_export.sites import fit
-from lora_export.sites.doubts.readers import folded_into_conv, module_of
+from lora_export.sites.doubts.readers import folded_into_conv, module_by_name
 from lora_export.sites.naming import names
 from lora_export.sites.naming.known_names import KnownNames
 from lora_export.sites.naming.renaming import likeliest_change
 from lora_export.sites.operand import Use
 from lora_export.sites.resolve import Resolver
-from lora_export.sites.target import Part, Site, Target, TargetKind
+from lora_export.sites.target import ConstantPart, Site, Target, TargetKind
 from lora_export.storage.patch import Placement
 
 _NORMS = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
@@ -99,7 +99,7 @@ class _Search:
         self._graph, self._modules = graph, modules
         self._resolver = Resolver(graph, branches=True)
         self._order = {id(node): number for number, node in enumerate(graph.graph)}
-        self._walker = Walker(graph)
+        self._walker = ModuleWalker(graph)
         self._named: dict[str, list[Use]] = defaultdict(list)
         for use, key in self._resolver.named_uses():
             self._named[key].append(use)
@@ -108,7 +108,7 @@ class _Search:
         )
         self._scopes: dict[str, list[ir.Node]] = defaultdict(list)
         for node in graph.graph:
-            if (scope := module_of(node)) is not None:
+            if (scope := module_by_name(node)) is not None:
                 self._scopes[scope].append(node)
         self._stored = _stored_of(graph)
         self._by_root: dict[str, list[Use]] = defaultdict(list)
@@ -145,7 +145,7 @@ class _Search:
             if not uses:
                 return None
             placement = Placement(rows=rows.rows, row=rows.row, col=rows.col, transposed=rows.transposed)
-            parts.append(Part(uses[0].root, uses, (placement,)))
+            parts.append(ConstantPart(uses[0].root, uses, (placement,)))
         return Site(target=target, parts=tuple(parts), evidence="record") if parts else None
 
     def _by_name(self, target: Target) -> Site | None:
@@ -163,7 +163,7 @@ class _Search:
             for use in groups[0]:
                 placed = fit.place(target, use, variant.part)
                 if not isinstance(placed, Refusal):
-                    parts.append(Part(use.root, (use,), placed))
+                    parts.append(ConstantPart(use.root, (use,), placed))
             if parts:
                 return Site(target=target, parts=tuple(parts), evidence="names")
         return None
@@ -234,7 +234,7 @@ class _Search:
 
     def _leaves(self, value: ir.Value, path: str) -> bool:
         """Return True if a node of another module reads a value; nodes without a name don't count."""
-        readers = [module_of(usage.node) for usage in value.uses()]
+        readers = [module_by_name(usage.node) for usage in value.uses()]
         return value.is_graph_output() or any(
             reader is not None and not _within(reader, path) for reader in readers
         )

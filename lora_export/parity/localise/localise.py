@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_export.adapter import Array
+from lora_export.engines.record import is_engine
 from lora_export.errors import LoraExportError
 from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.parity.localise.find_modules import NOT_FOUND, ModuleShape, Probe, find_probes
 from lora_export.parity.localise.module_error import Measured, Runs, Taken
 from lora_export.parity.localise.run_inside import run_with_outputs
 from lora_export.parity.localise.torch_modules import bare_output, modules_of, weight_in
-from lora_export.parity.localise.walk import shown
+from lora_export.parity.localise.walk import tap_values
 from lora_export.parity.result import BASE, Localisation, State, state_name
 from lora_export.plan import Refusal
 from lora_export.runtimes.ort.device import Provider
@@ -78,7 +79,7 @@ def localise(sources: Sources, most: int = MOST) -> Localisation:
         a missing table.
     """
     name, file = state_name(sources.state), sources.candidate.name
-    if sources.candidate.suffix != ".onnx":
+    if is_engine(sources.candidate):
         return Localisation(state=name, module="", note=f"{file} is an engine: nothing inside it can be seen")
     try:
         graph, modules = load_graph(sources.candidate), modules_of(sources.model)
@@ -172,9 +173,9 @@ class _Search:
         values = run_with_outputs(self.graph, [tap.value for tap in taps], feeds, sources.provider)
         runs = self._runs([probe.module for probe in chosen])
         for number, probe in zip(numbers, chosen, strict=True):
-            parts = [shown(tap, values, probe.axis) for tap in probe.y]
+            parts = [tap_values(tap, values, probe.axis) for tap in probe.y]
             y = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=probe.axis)
-            x = shown(probe.x, values, probe.axis) if probe.x else None
+            x = tap_values(probe.x, values, probe.axis) if probe.x else None
             if probe.axis != probe.module_axis:
                 y = np.moveaxis(y, probe.axis, probe.module_axis)
                 x = None if x is None else np.moveaxis(x, probe.axis, probe.module_axis)

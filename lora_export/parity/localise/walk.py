@@ -46,7 +46,7 @@ class Tap:
     bias: Array | None = None
 
 
-class Walker:
+class ModuleWalker:
     """Find the outputs of modules.
 
     Args:
@@ -191,7 +191,7 @@ def _vector(value: ir.Value | None) -> Array | None:
     return found
 
 
-def shown(tap: Tap, values: Mapping[str, Array], axis: int) -> Array:
+def tap_values(tap: Tap, values: Mapping[str, Array], axis: int) -> Array:
     """Return a tap's values.
 
     Args:

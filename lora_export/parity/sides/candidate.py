@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter, Array
-from lora_export.engines.record import EngineRecord, is_engine, read_engine
+from lora_export.engines.record import EngineRecord
 from lora_export.errors import AdapterError, BackendError
 from lora_export.graph.captured import Captured
-from lora_export.graph.exposed import KEY, UNHASHED, WEIGHTS_INPUT, LoraRecord, lora_record_of
-from lora_export.graph.onnx_file import GraphFile, load_graph
+from lora_export.graph.exposed import UNHASHED, LoraRecord
+from lora_export.graph.onnx_file import GraphFile
 from lora_export.graph.roles import is_batch
 from lora_export.graph.stored_types import StoredTypes, stored_types
 from lora_export.graph.told_sizes import told_sizes
@@ -24,6 +24,7 @@ from lora_export.parity.feeds.made import InputPort, ports_of_graph
 from lora_export.parity.judge.limits import STEP, CodesLoss
 from lora_export.parity.result import BASE, State, state_of
 from lora_export.parity.sides.codes import codes_loss
+from lora_export.runtimes.model_file import ModelFile
 from lora_export.runtimes.ort.device import DeviceMemory, Provider, host_value
 from lora_export.runtimes.ort.open import open_session
 from lora_export.runtimes.session import AdapterSession
@@ -76,6 +77,11 @@ class About:
         return self.captured.dtype if self.captured and STEP[self.captured.dtype] <= shown else outputs
 
     @property
+    def is_engine(self) -> bool:
+        """True for an engine, into which nothing can be looked."""
+        return self.runtime != "onnxruntime"
+
+    @property
     def caches(self) -> bool:
         """True if it takes and returns a key-value cache."""
         return any(port.name.startswith("past_key_values.") for port in self.ports)
@@ -126,7 +132,7 @@ class PlainCandidate(Candidate):
 
     def __init__(self, about: About, adapters: Mapping[str, Adapter]) -> None:
         super().__init__(about, adapters)
-        if about.runtime == "onnxruntime":
+        if not about.is_engine:
             self._memory = DeviceMemory(about.provider)
             self._session = open_session(about.path, self._memory)
         else:
@@ -256,7 +262,7 @@ class BankCandidate(Candidate):
 
 
 def _adapter_session(about: About, adapters: int) -> AdapterSession:
-    provider = about.provider if about.runtime == "onnxruntime" else None
+    provider = None if about.is_engine else about.provider
     return AdapterSession(about.path, provider=provider, max_adapters=adapters)
 
 
@@ -294,21 +300,19 @@ def describe(
             provider can't run it.
         GraphError: The graph is missing or damaged.
     """
-    if is_engine(path):
+    file = ModelFile.read(path)
+    if isinstance(file.content, EngineRecord):
         if provider == "cpu":
             raise BackendError(f"{path.name} is an engine, which runs on a GPU", "give --provider cuda")
-        return _describe_engine(path, read_engine(path))
-    graph = load_graph(path)
-    metadata = graph.model.metadata_props
-    record = lora_record_of(metadata, str(path)) if KEY in metadata else None
-    lora = {*record.input_names(), WEIGHTS_INPUT} if record else set()
+        return _describe_engine(file, file.content)
+    graph = file.content
     types = stored_types(graph)
-    ports = ports_of_graph(graph, lora)
+    ports = ports_of_graph(graph, file.lora_inputs)
     told = told_sizes(path, [(port.name, port.shape) for port in ports], shapes)
     told.refuse_unknown((port.name, port.shape) for port in ports)
     return About(
         path=path,
-        mode=record.mode if record else "plain",
+        mode=_mode(file),
         runtime="onnxruntime",
         provider=provider or "cpu",
         ports=tuple(replace(port, shape=told.dims(port.name, port.shape)) for port in ports),
@@ -316,8 +320,8 @@ def describe(
         types=types,
         codes=codes_loss(graph, types.quantised),
         pads=not any(node.op_type == _COUNTS_MASK for node in graph.graph.all_nodes()),
-        captured=Captured.from_metadata(metadata),
-        record=record,
+        captured=file.captured,
+        record=file.lora_record,
         sha256=_identity(graph),
         crossed=frozenset(
             output.name or ""
@@ -325,6 +329,10 @@ def describe(
             if _is_crossed([dim if isinstance(dim, int) else dim.value for dim in output.shape or ()])
         ),
     )
+
+
+def _mode(file: ModelFile) -> str:
+    return file.lora_record.mode if file.lora_record else "plain"
 
 
 def _is_crossed(dims: Sequence[int | str | None]) -> bool:
@@ -337,12 +345,10 @@ def _identity(graph: GraphFile) -> str:
     return identity_of(hashes) if len(hashes) > 1 else hashes[0].sha256
 
 
-def _describe_engine(path: Path, engine: EngineRecord) -> About:
+def _describe_engine(file: ModelFile, engine: EngineRecord) -> About:
     import ml_dtypes
     import numpy as np
 
-    record = engine.exposed
-    lora: set[str] = {*record.input_names(), WEIGHTS_INPUT} if record else set()
     ports = tuple(
         InputPort(
             port.name,
@@ -350,20 +356,20 @@ def _describe_engine(path: Path, engine: EngineRecord) -> About:
             tuple(port.dims or port.shape),
         )
         for port in engine.inputs
-        if port.name not in lora
+        if port.name not in file.lora_inputs
     )
     floats = [port.dtype for port in engine.outputs if port.dtype in STEP]
     types = StoredTypes(floats[0] if floats else "float32", {}, ())
     return About(
-        path=path,
-        mode=record.mode if record else "plain",
+        path=file.path,
+        mode=_mode(file),
         runtime=engine.backend,
         provider="cuda",
         ports=ports,
         outputs=tuple(port.name for port in engine.outputs),
         types=types,
-        captured=Captured.from_metadata(engine.metadata),
-        record=record,
+        captured=file.captured,
+        record=file.lora_record,
         sha256=engine.sha256,
         crossed=frozenset(port.name for port in engine.outputs if _is_crossed(port.dims)),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError, GraphError
-from lora_export.parity.judge.limits import Rounding
+from lora_export.parity.judge.limits import StatedRounding
 from lora_export.parity.result import BASE, State
 from lora_export.storage.hashes import identity_of_graph
 from lora_export.storage.manifest import Manifest
@@ -32,7 +32,7 @@ class Merged:
     """
 
     state: State = BASE
-    rounding: Rounding | None = None
+    rounding: StatedRounding | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -161,9 +161,9 @@ def _is_of(manifest: Manifest, graph: Path) -> bool:
     return identity == identity_of_graph(graph, graph.parent / Path(str(data)).name)
 
 
-def _rounding(manifest: Manifest | None, graph: Path) -> Rounding | None:
+def _rounding(manifest: Manifest | None, graph: Path) -> StatedRounding | None:
     try:
         relative = float(manifest.rounding["total"]["relative_error"]) if manifest is not None else 0.0
     except (TypeError, ValueError, OverflowError, KeyError):
         return None
-    return Rounding(relative, graph.with_suffix(_SUFFIX).name) if 0 < relative < math.inf else None
+    return StatedRounding(relative, graph.with_suffix(_SUFFIX).name) if 0 < relative < math.inf else None

@@ -57,7 +57,7 @@ class Sides:
 
 
 @dataclass(frozen=True)
-class Options:
+class ParityOptions:
     """The user's options.
 
     Attributes:
@@ -75,7 +75,7 @@ class Options:
     @classmethod
     def read(
         cls, tolerance: str | tuple[float, float], dtype: str | None, reference_dtype: str | None
-    ) -> Options:
+    ) -> ParityOptions:
         """Read the options as they are given to `check_parity`.
 
         Raises:
@@ -133,7 +133,7 @@ def open_sides(
     weights: Sequence[float],
     base: PathLike | None,
     provider: Provider | None,
-    options: Options,
+    options: ParityOptions,
 ) -> Sides:
     """Open candidate and reference.
 

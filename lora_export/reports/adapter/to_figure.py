@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.reports.adapter.facts import AdapterReport
-from lora_export.reports.adapter.to_text import label
+from lora_export.reports.adapter.to_text import module_label
 from lora_export.reports.picture import COLOUR, REFERENCE, picture
 from lora_export.untrusted.shown import shown
 
@@ -33,7 +33,9 @@ def _picture(report: AdapterReport, file_format: str) -> bytes:
         energy, norms = axes[0]
         _draw_energy(energy, report)
         norms.barh(range(len(largest)), [row.norm for row in largest], color=COLOUR)
-        norms.set_yticks(range(len(largest)), [shown(label(row), _LABEL) for row in largest], fontsize=7)
+        norms.set_yticks(
+            range(len(largest)), [shown(module_label(row), _LABEL) for row in largest], fontsize=7
+        )
         norms.set_ylim(len(largest) - 0.4, -0.6)
         norms.set(xlabel="‖ΔW‖ (Frobenius)", title=f"the {len(largest)} largest changes")
         figure.suptitle(

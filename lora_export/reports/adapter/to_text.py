@@ -16,7 +16,7 @@ WORDS = 2  # number of columns, from the left, that are words
 _DROPPED = ("dtype", "σ₁", "alpha", "99 %", "weight")  # in this order, on a narrow terminal
 
 
-def label(row: ModuleReport) -> str:
+def module_label(row: ModuleReport) -> str:
     """Return a module's name, with its component if the file serves several models."""
     return f"{row.component}/{row.module}" if row.component else row.module
 
@@ -55,7 +55,7 @@ def rows(report: AdapterReport) -> list[tuple[str, ...]]:
     """Return the table's cells, one row for each module."""
     return [
         (
-            label(row),
+            module_label(row),
             _weight(row),
             str(row.rank),
             f"{row.alpha:g}",
@@ -100,18 +100,25 @@ def _kinds(report: AdapterReport) -> list[str]:
     return [*table, "", f"all modules: ‖ΔW‖ {total:.4g}; each of them: --modules"]
 
 
-def closing_lines(report: AdapterReport) -> list[str]:
-    """Return the lines below the table: replaced parameters, meaning of the columns, notes."""
+def closing_lines(report: AdapterReport, summed: bool = False) -> list[str]:
+    """Return the lines below the table: replaced parameters, meaning of the columns, notes.
+
+    Args:
+        report: The report.
+        summed: The table sums up modules, without the columns of single ones.
+    """
     lines = [
         f"replaces  {extra.parameter} {'×'.join(map(str, extra.shape)) or 'scalar'} {extra.dtype}"
         for extra in report.extras
     ]
-    if biases := [label(row) for row in report.modules if row.bias]:
+    if biases := [module_label(row) for row in report.modules if row.bias]:
         lines.append(f"biases    of {', '.join(biases)}")
     if report.modules:
         median = sorted(row.effective_rank_90 for row in report.modules)[len(report.modules) // 2]
         lines.append(
-            "σ₁: largest singular value; 90 %, 99 %: directions that hold that share of ‖ΔW‖² "
+            f"median of all modules: {median} directions hold 90 % of ‖ΔW‖²"
+            if summed
+            else "σ₁: largest singular value; 90 %, 99 %: directions that hold that share of ‖ΔW‖² "
             f"(median of 90 %: {median})"
         )
     if any(row.dora for row in report.modules):
@@ -129,7 +136,7 @@ def plain_lines(report: AdapterReport, modules: bool = False) -> list[str]:
         modules: List every module, regardless of their number.
     """
     if is_long(report) and not modules:
-        return [*heading_lines(report), "", *_kinds(report), *closing_lines(report)]
+        return [*heading_lines(report), "", *_kinds(report), *closing_lines(report, summed=True)]
     table = [HEADINGS, *rows(report)]
     table = [tuple(shown(cell, MAX_CELL) for cell in row) for row in table]
     widths = [max(len(row[i]) for row in table) for i in range(len(HEADINGS))]
@@ -158,7 +165,7 @@ def print_table(report: AdapterReport, modules: bool = False) -> None:
     for line in heading_lines(report):
         console.print(shown(line))
     if is_long(report) and not modules:
-        for line in ("", *_kinds(report), *(shown(line) for line in closing_lines(report))):
+        for line in ("", *_kinds(report), *(shown(line) for line in closing_lines(report, summed=True))):
             console.print(line)
         return
     table = Table(box=None, header_style="bold", pad_edge=False)

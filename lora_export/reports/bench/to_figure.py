@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from lora_export.bench.result import BenchReport, Table
+from lora_export.bench.result import BenchReport, WorkloadTable
 from lora_export.reports.picture import COLOUR, REFERENCE, picture
 from lora_export.untrusted.shown import shown
 
@@ -38,7 +38,7 @@ def _picture(report: BenchReport, file_format: str) -> bytes:
     return picture(file_format, len(report.tables), height, draw)
 
 
-def _draw_times(axes: Any, table: Table) -> None:
+def _draw_times(axes: Any, table: WorkloadTable) -> None:
     places = range(len(table.rows))
     found = [row.latency for row in table.rows]
     medians = [latency.median_ms for latency in found]
@@ -50,7 +50,7 @@ def _draw_times(axes: Any, table: Table) -> None:
     axes.set_title(f"{shown(table.workload.label, _LABEL)}: ms, median and p95", fontsize=9)
 
 
-def _draw_ratios(axes: Any, table: Table) -> None:
+def _draw_ratios(axes: Any, table: WorkloadTable) -> None:
     axes.axvline(1, color=REFERENCE, linewidth=0.8, linestyle="--")
     for place, row in enumerate(table.rows[1:], 1):
         if row.ratio:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_export.bench.result import BenchReport, Table
+from lora_export.bench.result import BenchReport, WorkloadTable
 from lora_export.reports.bench.to_text import (
     HEADINGS,
     MODEL_HEADINGS,
@@ -59,7 +59,7 @@ def report_html(report: BenchReport) -> str:
     )
 
 
-def _chart(table: Table) -> Markup:
+def _chart(table: WorkloadTable) -> Markup:
     """Return bars of the medians with a line up to p95, and the ratios' intervals beside them."""
     medians = [row.latency.median_ms for row in table.rows]
     longest = min(max(row.latency.p95_ms for row in table.rows), _CUT * max(medians))

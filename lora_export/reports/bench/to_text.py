@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lora_export.bench.plan import BenchPlan
-from lora_export.bench.result import BenchReport, ModelFacts, Row, Table
+from lora_export.bench.result import BenchReport, ModelFacts, Row, WorkloadTable
 from lora_export.bench.statistics import Interval
 from lora_export.reports.adapter.to_text import human_bytes
 from lora_export.untrusted.shown import shown_lines
@@ -141,7 +141,7 @@ def ratio_text(ratio: Interval | None) -> str:
     return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" if ratio else _NONE
 
 
-def _cells(table: Table, row: Row) -> tuple[str, ...]:
+def _cells(table: WorkloadTable, row: Row) -> tuple[str, ...]:
     latency = row.latency
     is_first = row is table.rows[0]
     return (

@@ -80,7 +80,7 @@ def floors(*dtypes: str) -> Floors:
     return Floors(relative, kl=0.5 * (_LOGITS * relative) ** 2, top1=_NEAR_PAIRS * _LOGITS * relative)
 
 
-def compare(old: ParityReport, new: ParityReport, factor: float = FACTOR) -> list[Regression]:
+def compare_reports(old: ParityReport, new: ParityReport, factor: float = FACTOR) -> list[Regression]:
     """Return what is worse in a report than in its baseline; an empty list if it is as good.
 
     Args:
@@ -107,7 +107,7 @@ def compare(old: ParityReport, new: ParityReport, factor: float = FACTOR) -> lis
     return found + list(_metric_regressions(old, new, factor))
 
 
-def lines(regressions: Sequence[Regression]) -> list[str]:
+def regression_lines(regressions: Sequence[Regression]) -> list[str]:
     """Return the lines that a user reads after a comparison; the last one is the verdict."""
     text: list[str] = []
     for row in regressions[:MAX_LISTED]:

@@ -23,7 +23,7 @@ _CONFIGS = (_ADAPTER_CONFIG, "config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class ReadFiles:
     """Files that a check reads, which no report may replace.
 
     Attributes:
@@ -51,7 +51,7 @@ class Inputs:
         return [*found, *(file for adapter in self.adapters for file in files_of(adapter))]
 
 
-def check_outputs(outputs: Sequence[ReportFile], force: bool, inputs: Inputs) -> None:
+def check_outputs(outputs: Sequence[ReportFile], force: bool, inputs: ReadFiles) -> None:
     """Refuse reports that could not be written, before anything is run.
 
     Raises:
@@ -81,7 +81,7 @@ def check_outputs(outputs: Sequence[ReportFile], force: bool, inputs: Inputs) ->
         raise OutputError("the reports can't be written", "; ".join(sorted(hints)), problems)
 
 
-def _refused(path: Path, inputs: Inputs) -> str:
+def _refused(path: Path, inputs: ReadFiles) -> str:
     """Return the reason why a report can't have this path; "" if it can."""
     if is_folder(path):
         return " is a folder"
@@ -96,7 +96,7 @@ def _refused(path: Path, inputs: Inputs) -> str:
     return ""
 
 
-def _read_as(path: Path, inputs: Inputs) -> Iterator[str]:
+def _read_as(path: Path, inputs: ReadFiles) -> Iterator[str]:
     """Yield the roles in which the check reads the file at a path."""
     places = places_of(path)
     named = {

@@ -7,7 +7,7 @@ from typing import Any
 from lora_export.formats.given import Adapters
 from lora_export.parity.check import PathLike, check_parity
 from lora_export.parity.result import ParityReport
-from lora_export.reports.parity.to_text import lines
+from lora_export.reports.parity.to_text import check_lines
 
 
 def assert_parity(
@@ -33,5 +33,5 @@ def assert_parity(
     report = check_parity(reference, candidate, adapters, **options)
     if not report.passed:
         # The sentence comes first, because pytest's summary shows a message's first line.
-        raise AssertionError("\n".join(lines(report)))
+        raise AssertionError("\n".join(check_lines(report)))
     return report

@@ -21,7 +21,7 @@ from lora_export.reports.parity.words import (
     number,
     plural,
     relation,
-    share,
+    share_of_limit,
     verdict_line,
 )
 
@@ -94,7 +94,7 @@ def _verdict(verdict: Verdict) -> Markup:
 
 def _bar(verdict: Verdict) -> Markup:
     """Return the share of its limit that a value uses, as a bar."""
-    used = share(verdict)
+    used = share_of_limit(verdict)
     if not verdict.limit < math.inf:
         return Markup()
     percent = "beyond" if used == math.inf else f"{used:.0%}" if used <= 1 else f"{number(used)} ×"

@@ -17,7 +17,7 @@ from lora_export.reports.parity.words import (
     number,
     plural,
     relation,
-    share,
+    share_of_limit,
     verdict_line,
 )
 from lora_export.untrusted.shown import shown, shown_lines
@@ -32,7 +32,7 @@ _LONGEST_LINE = 1 << 30
 _WHY = 24
 
 
-def lines(report: ParityReport, cut: bool = False) -> list[str]:
+def check_lines(report: ParityReport, cut: bool = False) -> list[str]:
     """Return the lines that a user reads after a check: first a plain sentence, last the number of checks.
 
     Args:
@@ -58,7 +58,7 @@ def lines(report: ParityReport, cut: bool = False) -> list[str]:
 def report_text(report: ParityReport) -> str:
     """Return the lines for a file."""
     # A line that was wrapped may begin with what stood in the middle of a name.
-    return "\n".join(shown_lines(lines(report), _LONGEST_LINE)) + "\n"
+    return "\n".join(shown_lines(check_lines(report), _LONGEST_LINE)) + "\n"
 
 
 def head_lines(report: ParityReport) -> list[str]:
@@ -125,7 +125,7 @@ def _passed_lines(groups: Sequence[Sequence[Verdict]], cut: bool) -> list[str]:
     """Return a row for each group of verdicts of one check: the verdict nearest to its limit."""
     rows, reasons = [], []
     for group in groups:
-        worst = max(group, key=share)
+        worst = max(group, key=share_of_limit)
         where = shown(worst.output)
         if len(group) > 1:
             where = f"{len(group)} outputs, worst {where}" if where else f"{len(group)} times"

@@ -85,7 +85,7 @@ def relation(verdict: Verdict) -> str:
     return f"{value} {'≤' if verdict.passed else '>'} {limit}"
 
 
-def share(verdict: Verdict) -> float:
+def share_of_limit(verdict: Verdict) -> float:
     """Return the share of its limit that a value uses: 1 at the limit, 0 without one, infinite if unknown."""
     value, limit = verdict.value, verdict.limit
     if math.isnan(value) or math.isnan(limit):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import BackendError, BackendUnavailable, install_line
-from lora_export.graph.data_identity import external_tensors, layout_of, read_identity, refuse_changed_data
+from lora_export.graph.data_identity import external_tensors, layout_hash, read_identity, refuse_changed_data
 from lora_export.graph.onnx_file import load_graph
 from lora_export.runtimes.ort.device import DeviceMemory
 from lora_export.storage.inputs import note_inputs, same_inputs
@@ -75,7 +75,7 @@ def open_session(
     metadata = session.get_modelmeta().custom_metadata_map
     identity = read_identity(metadata, path)
     note_inputs(path.parent / place for place in (identity.files if identity else ()))
-    refuse_changed_data(metadata, path, lambda: layout_of(external_tensors(load_graph(path).model)))
+    refuse_changed_data(metadata, path, lambda: layout_hash(external_tensors(load_graph(path).model)))
     return session
 
 

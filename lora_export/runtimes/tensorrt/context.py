@@ -104,6 +104,6 @@ class EngineContext:
             raise self._loaded.log.refused(self._loaded.path, what)
 
 
-def shapes_of(tensors: Iterable[tuple[str, Any]]) -> dict[str, tuple[int, ...]]:
+def shapes_by_name(tensors: Iterable[tuple[str, Any]]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of arrays and device tensors, by name."""
     return {name: tuple(values.shape) for name, values in tensors}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.runtimes.feeds import Feeds
-from lora_export.runtimes.tensorrt.context import EngineContext, shapes_of
+from lora_export.runtimes.tensorrt.context import EngineContext, shapes_by_name
 from lora_export.runtimes.tensorrt.cuda import CapturedGraph, DeviceBuffer, DeviceTensor, Stream, nbytes_of
 from lora_export.runtimes.tensorrt.engine import LoadedEngine
 from lora_export.runtimes.tensorrt.shapes import EngineShapes
@@ -50,7 +50,7 @@ class CapturedRuns:
             feeds: All other inputs.
         """
         layout = lora.layout if lora else None
-        key = (number, layout, tuple(sorted(shapes_of(feeds).items())))
+        key = (number, layout, tuple(sorted(shapes_by_name(feeds).items())))
         captured = self._captured.get(key)
         if captured is None:
             if len(self._captured) >= self._limit:

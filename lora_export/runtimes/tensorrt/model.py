@@ -22,7 +22,7 @@ from lora_export.graph.exposed import WEIGHTS_INPUT, LoraRecord
 from lora_export.graph.onnx_file import load_graph
 from lora_export.runtimes.feeds import Feeds, check_feeds, choose_outputs
 from lora_export.runtimes.session_options import EngineOptions
-from lora_export.runtimes.tensorrt.context import shapes_of
+from lora_export.runtimes.tensorrt.context import shapes_by_name
 from lora_export.runtimes.tensorrt.cuda import DeviceTensor
 from lora_export.runtimes.tensorrt.engine import LoadedEngine, check_source, load_engine
 from lora_export.runtimes.tensorrt.runner import EngineRunner
@@ -205,20 +205,20 @@ class TensorRTModel(EngineModel):
         shapes = self._runner.shapes
         for number in shapes.chosen:
             padded = shapes.padded(number, tensors)
-            if shapes.taking(shapes_of(padded.items())):
+            if shapes.taking(shapes_by_name(padded.items())):
                 grown = [name for name, values in padded.items() if values.shape != tensors[name].shape]
                 note = f"{len(grown)} tensors padded with zeros to the smallest rank that the engine takes"
                 return padded, [note] if grown else []
         raise AdapterError(
             f"{adapter} doesn't fit {self.path.name}: the engine was built for other ranks",
             "build the engine with a wider range of ranks: --shape rank=MIN:OPT:MAX",
-            shapes.problems(shapes_of(tensors.items())),
+            shapes.problems(shapes_by_name(tensors.items())),
         )
 
     def put(self, tensors: Mapping[str, Array], beside: EngineTensors | None = None) -> EngineTensors:
         """Copy LoRA tensors to the GPU; copy missing ones from ``beside``."""
-        shapes = {} if beside is None else shapes_of(beside.tensors.items())
-        shapes |= shapes_of(tensors.items())
+        shapes = {} if beside is None else shapes_by_name(beside.tensors.items())
+        shapes |= shapes_by_name(tensors.items())
         self._device.activate()
         fitting = self._runner.shapes.taking(shapes)
         return put_together(self._device, list(self.lora), arrays=tensors, beside=beside, profiles=fitting)

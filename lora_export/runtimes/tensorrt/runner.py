@@ -12,7 +12,7 @@ from lora_export.adapter import Array
 from lora_export.errors import BackendError
 from lora_export.runtimes.feeds import Feeds
 from lora_export.runtimes.session_options import EngineOptions
-from lora_export.runtimes.tensorrt.context import EngineContext, shapes_of
+from lora_export.runtimes.tensorrt.context import EngineContext, shapes_by_name
 from lora_export.runtimes.tensorrt.cuda import DeviceBuffer, DeviceTensor, Stream, nbytes_of
 from lora_export.runtimes.tensorrt.engine import LoadedEngine
 from lora_export.runtimes.tensorrt.graphs import CapturedRuns
@@ -156,7 +156,7 @@ class EngineRunner:
         if self.unusable:
             raise BackendError(f"{self._name} can't be run: {self.unusable}", "call switch again")
         among = lora.profiles if lora else self.shapes.chosen
-        return self.shapes.choose(shapes_of(feeds), among)
+        return self.shapes.choose(shapes_by_name(feeds), among)
 
     def _run(
         self,

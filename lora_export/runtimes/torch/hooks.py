@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
-from lora_export.base.checkpoint.meta_model import kind_of
-from lora_export.base.checkpoint.names import Part
+from lora_export.base.checkpoint.meta_model import module_kind
+from lora_export.base.checkpoint.names import StoredPart
 from lora_export.errors import AdapterError
-from lora_export.formats.reading.whole_copies import reach_of
+from lora_export.formats.reading.whole_copies import copy_reach
 from lora_export.formats.schemes import fitted
 from lora_export.plan import Refusal
-from lora_export.runtimes.torch.places import TRAINED_ON, NoPlace, Owner, Places
+from lora_export.runtimes.torch.find_parameters import TRAINED_ON, ModelParameters, NoParameter, OwnedTensor
 from lora_export.runtimes.torch.products import Hook, changed, hook_of, tensor_of
-from lora_export.sites.experts import Held, settle
+from lora_export.sites.experts import ExpertLayout, settle_layout
 from lora_export.sites.kinds import settle_kinds
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Branch:
+class HookedModule:
     """One module of an adapter with its target in the model.
 
     Attributes:
@@ -45,9 +45,9 @@ class Branch:
 
     lora: LoraModule
     where: str
-    owner: Owner
+    owner: OwnedTensor
     hook: Hook | None
-    part: Part | None = None
+    part: StoredPart | None = None
 
 
 @dataclass(frozen=True)
@@ -62,42 +62,48 @@ class Bound:
     """
 
     adapter: Adapter
-    branches: tuple[Branch, ...]
-    extras: tuple[tuple[Owner, torch.Tensor], ...]
+    branches: tuple[HookedModule, ...]
+    extras: tuple[tuple[OwnedTensor, torch.Tensor], ...]
     paths: Mapping[str, str]
 
 
-def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Bound, dict[str, str]]:
+def bind(
+    model: torch.nn.Module, adapter: Adapter, parameters: ModelParameters
+) -> tuple[Bound, dict[str, str]]:
     """Return an adapter bound to a model, and line → hint for each part that is not found or does not fit."""
     import torch
 
-    adapter = fitted(adapter, places.known, [])
-    finder = places.finder(adapter)
+    adapter = fitted(adapter, parameters.known, [])
+    finder = parameters.finder(adapter)
     problems = {f"{path}: {problem}": MERGE_ROWS for path, problem in token_rows_problems(adapter)}
     branches = []
 
     def locate(
         parameter: str, action: str = "merge", component: str | None = None
-    ) -> tuple[str, Owner, Part | None]:
+    ) -> tuple[str, OwnedTensor, StoredPart | None]:
         found = finder.find(parameter, action, component)
         if isinstance(found, Refusal):
-            raise NoPlace(found.detail, found.hint or TRAINED_ON)
+            raise NoParameter(found.detail, found.hint or TRAINED_ON)
         name, part = found
         path, _, leaf = name.rpartition(".")
-        return path, Owner(model.get_submodule(path), leaf), part
+        return path, OwnedTensor(model.get_submodule(path), leaf), part
 
-    def held(parameter: str) -> Held | None:
+    def held(parameter: str) -> ExpertLayout | None:
         try:
             _, owner, part = locate(parameter)
-        except NoPlace:
+        except NoParameter:
             return None
         transposed = bool(getattr(owner.module, "is_transposed", False))
-        return Held(tuple(owner.get().shape), transposed, kind_of(owner.module)) if part is None else None
+        return (
+            ExpertLayout(tuple(owner.get().shape), transposed, module_kind(owner.module))
+            if part is None
+            else None
+        )
 
-    adapter, _ = settle_kinds(settle(adapter, held)[0], held)
-    copies: dict[Owner, torch.Tensor] = {}
+    adapter, _ = settle_kinds(settle_layout(adapter, held)[0], held)
+    copies: dict[OwnedTensor, torch.Tensor] = {}
     # A module's own copies come last: they override the replacement of a shared weight.
-    own_last = sorted(adapter.extras.items(), key=lambda extra: reach_of(adapter, extra[0]) == "one")
+    own_last = sorted(adapter.extras.items(), key=lambda extra: copy_reach(adapter, extra[0]) == "one")
     for path, values in own_last:
         try:
             _, owner, part = locate(path, "replace")
@@ -105,17 +111,17 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
             copies |= dict.fromkeys(
                 _replaced_by(adapter, path, owner=owner, model=model, tensor=tensor, copies=copies), tensor
             )
-        except NoPlace as problem:
+        except NoParameter as problem:
             problems[f"{path}  {problem}"] = problem.hint
     extras = [(owner, tensor) for owner, tensor in copies.items() if not torch.equal(owner.get(), tensor)]
     for lora in adapter.modules.values():
         try:
             where, owner, part = locate(f"{lora.path}.{lora.parameter}", "merge", lora.component)
             branches.append(
-                Branch(lora=lora, where=where, owner=owner, hook=hook_of(lora, owner, part), part=part)
+                HookedModule(lora=lora, where=where, owner=owner, hook=hook_of(lora, owner, part), part=part)
             )
             branches += _at_tied_heads(model, branches[-1], adapter)
-        except NoPlace as problem:
+        except NoParameter as problem:
             problems[f"{lora.path}  {problem}"] = problem.hint
     paths = {branch.lora.path: branch.where for branch in branches}
     return Bound(adapter, tuple(branches), tuple(extras), paths), problems
@@ -130,7 +136,7 @@ def applied(adapters: Sequence[tuple[Bound, float]]) -> Iterator[None]:
             that change the same parameters.
     """
     _refuse_blends(adapters)
-    before: dict[Owner, torch.Tensor] = {}
+    before: dict[OwnedTensor, torch.Tensor] = {}
     handles: list[Any] = []
     try:
         for bound, _ in adapters:
@@ -157,7 +163,7 @@ def applied(adapters: Sequence[tuple[Bound, float]]) -> Iterator[None]:
 
 def _refuse_blends(adapters: Sequence[tuple[Bound, float]]) -> None:
     problems = []
-    replaced: set[Owner] = set()
+    replaced: set[OwnedTensor] = set()
     for bound, weight in adapters:
         name = bound.adapter.name
         dora = [branch.lora.path for branch in bound.branches if branch.lora.magnitude is not None]
@@ -173,7 +179,7 @@ def _refuse_blends(adapters: Sequence[tuple[Bound, float]]) -> None:
         )
 
 
-def _changed_while_running(branch: Branch, weight: float) -> list[Any]:
+def _changed_while_running(branch: HookedModule, weight: float) -> list[Any]:
     """Change W0 while the module runs, and restore it: only one module's copy exists at a time."""
     kept: list[torch.Tensor] = []
 
@@ -192,7 +198,7 @@ def _changed_while_running(branch: Branch, weight: float) -> list[Any]:
     ]
 
 
-def _at_tied_heads(model: torch.nn.Module, branch: Branch, adapter: Adapter) -> list[Branch]:
+def _at_tied_heads(model: torch.nn.Module, branch: HookedModule, adapter: Adapter) -> list[HookedModule]:
     """Return branches at other users of an embedding's weight, if the trainer adds the adapter there."""
     if not branch.lora.everywhere:
         return []
@@ -202,14 +208,14 @@ def _at_tied_heads(model: torch.nn.Module, branch: Branch, adapter: Adapter) -> 
         if path in {lora.path for lora in adapter.modules.values()}:
             return []
         lora = branch.lora.as_head(path)
-        made.append(Branch(lora=lora, where=path, owner=owner, hook=hook_of(lora, owner, None)))
+        made.append(HookedModule(lora=lora, where=path, owner=owner, hook=hook_of(lora, owner, None)))
     return made
 
 
-def _owners_of(model: torch.nn.Module, shared: torch.Tensor) -> list[tuple[str, Owner]]:
+def _owners_of(model: torch.nn.Module, shared: torch.Tensor) -> list[tuple[str, OwnedTensor]]:
     """Return path and owner of every parameter that is the same tensor object."""
     return [
-        (path, Owner(module, name))
+        (path, OwnedTensor(module, name))
         for path, module in model.named_modules()
         for name, values in module._parameters.items()
         if values is shared
@@ -222,11 +228,11 @@ def _owners_of(model: torch.nn.Module, shared: torch.Tensor) -> list[tuple[str, 
 def _replaced_by(
     adapter: Adapter,
     path: str,
-    owner: Owner,
+    owner: OwnedTensor,
     model: torch.nn.Module,
     tensor: torch.Tensor,
-    copies: Mapping[Owner, torch.Tensor],
-) -> list[Owner]:
+    copies: Mapping[OwnedTensor, torch.Tensor],
+) -> list[OwnedTensor]:
     """Return the parameters that a copy replaces: the named one and all others that PEFT loads it into.
 
     Args:
@@ -241,23 +247,23 @@ def _replaced_by(
 
     shared = owner.get()
     owners = [one for _, one in _owners_of(model, shared)]
-    reach = reach_of(adapter, path)
+    reach = copy_reach(adapter, path)
     if reach == "one" or len(owners) < 2:
         return [owner]
     if reach == "unknown" and not torch.equal(shared, tensor):
-        raise NoPlace(
+        raise NoParameter(
             "the model ties it to others, and no config says whether the copy is of all of them",
             "put the adapter's adapter_config.json beside its file",
         )
     if any(one in copies and not torch.equal(copies[one], tensor) for one in owners):
-        raise NoPlace("the model ties it to others, for which the adapter has a copy with other values")
+        raise NoParameter("the model ties it to others, for which the adapter has a copy with other values")
     return owners
 
 
-def _replacement(owner: Owner, values: Array, part: Part | None) -> torch.Tensor:
+def _replacement(owner: OwnedTensor, values: Array, part: StoredPart | None) -> torch.Tensor:
     if part is not None:
-        raise NoPlace("the model holds it as a part of another parameter: it can't be replaced whole")
+        raise NoParameter("the model holds it as a part of another parameter: it can't be replaced whole")
     old = owner.get()
     if tuple(old.shape) != values.shape:
-        raise NoPlace(f"the model has shape {tuple(old.shape)}, the adapter's values {values.shape}")
+        raise NoParameter(f"the model has shape {tuple(old.shape)}, the adapter's values {values.shape}")
     return tensor_of(values).to(old.dtype)

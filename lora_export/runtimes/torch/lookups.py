@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lora_export.adapter import Array
-from lora_export.runtimes.torch.places import Owner
+from lora_export.runtimes.torch.find_parameters import OwnedTensor
 
 # Function that takes a table's path and the row numbers that were read, in the shape of the lookup.
 Seen = Callable[[str, Array], None]
 
 
 @contextlib.contextmanager
-def record_lookups(tables: Mapping[str, Owner], seen: Seen) -> Iterator[None]:
+def record_lookups(tables: Mapping[str, OwnedTensor], seen: Seen) -> Iterator[None]:
     """Call ``seen`` with every lookup inside.
 
     Args:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_export.adapter import MERGE_ROWS, Array, LoraModule
-from lora_export.base.checkpoint.meta_model import kind_of
-from lora_export.base.checkpoint.names import Part
-from lora_export.runtimes.torch.places import TRAINED_ON, NoPlace, Owner
-from lora_export.sites.experts import Held, unsettled
+from lora_export.base.checkpoint.meta_model import module_kind
+from lora_export.base.checkpoint.names import StoredPart
+from lora_export.runtimes.torch.find_parameters import TRAINED_ON, NoParameter, OwnedTensor
+from lora_export.sites.experts import ExpertLayout, unsettled
 from lora_export.sites.kinds import unsettled_kind
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def array_of(tensor: torch.Tensor) -> Array:
 # --- products ----------------------------------------------------------------------------------------
 
 
-def hook_of(lora: LoraModule, owner: Owner, part: Part | None) -> Hook | None:
+def hook_of(lora: LoraModule, owner: OwnedTensor, part: StoredPart | None) -> Hook | None:
     """Return a hook that adds a module's product to its output; None if W0 itself has to be changed.
 
     Args:
@@ -69,9 +69,11 @@ def hook_of(lora: LoraModule, owner: Owner, part: Part | None) -> Hook | None:
 
     module = owner.module
     if lora.scale is not None:
-        raise NoPlace("DoRA, converted for a graph", "give the adapter that it was made from")
-    if refusal := unsettled_kind(lora, lambda _: Held(tuple(owner.get().shape), None, kind_of(module))):
-        raise NoPlace(refusal.detail, refusal.hint or TRAINED_ON)
+        raise NoParameter("DoRA, converted for a graph", "give the adapter that it was made from")
+    if refusal := unsettled_kind(
+        lora, lambda _: ExpertLayout(tuple(owner.get().shape), None, module_kind(module))
+    ):
+        raise NoParameter(refusal.detail, refusal.hint or TRAINED_ON)
     plain = lora.parameter == "weight" and part is None and lora.kind != "parameter"
     if plain and isinstance(module, nn.Embedding):
         return _embedding(lora, owner)
@@ -80,12 +82,12 @@ def hook_of(lora: LoraModule, owner: Owner, part: Part | None) -> Hook | None:
     if plain and isinstance(module, nn.Linear | Conv1D):
         return _linear(lora, owner, isinstance(module, Conv1D))
     if lora.magnitude is not None or lora.lora_bias is not None:
-        raise NoPlace(f"DoRA or a LoRA bias on a {type(module).__name__} is not supported", MERGE_ROWS)
+        raise NoParameter(f"DoRA or a LoRA bias on a {type(module).__name__} is not supported", MERGE_ROWS)
     _orientation(lora, owner, part)
     return None
 
 
-def _linear(lora: LoraModule, owner: Owner, transposed: bool) -> Hook:
+def _linear(lora: LoraModule, owner: OwnedTensor, transposed: bool) -> Hook:
     import torch.nn.functional as F
 
     weight = owner.get()
@@ -107,7 +109,7 @@ def _plain_shape(lora: LoraModule) -> tuple[int, ...]:
     return shape[:2] if all(size == 1 for size in shape[2:]) else shape
 
 
-def _convolution(lora: LoraModule, owner: Owner) -> Hook:
+def _convolution(lora: LoraModule, owner: OwnedTensor) -> Hook:
     import torch.nn.functional as F
 
     module: Any = owner.module
@@ -117,11 +119,13 @@ def _convolution(lora: LoraModule, owner: Owner) -> Hook:
     seen = (module.out_channels, module.in_channels, *kernel)
     _check(lora, ("linear", "conv"), seen=seen, fitting=shape, owner=owner)
     if lora.groups not in (1, module.groups):
-        raise NoPlace(f"the model's convolution has {module.groups} groups, the adapter's B {lora.groups}")
+        raise NoParameter(
+            f"the model's convolution has {module.groups} groups, the adapter's B {lora.groups}"
+        )
     if module.groups > 1 and lora.groups == 1:
-        raise NoPlace(f"the model's convolution has {module.groups} groups, the adapter's factors one")
+        raise NoParameter(f"the model's convolution has {module.groups} groups, the adapter's factors one")
     if lora.magnitude is not None and lora.groups > 1:
-        raise NoPlace("DoRA on a convolution with groups is not supported", MERGE_ROWS)
+        raise NoParameter("DoRA on a convolution with groups is not supported", MERGE_ROWS)
     ones = (1,) * len(kernel)
     a = tensor_of(lora.lora_a).to(weight.dtype).reshape(-1, module.in_channels, *kernel)
     b = tensor_of(lora.lora_b).to(weight.dtype)
@@ -139,7 +143,7 @@ def _convolution(lora: LoraModule, owner: Owner) -> Hook:
     return _adding(product, lora, owner=owner, axis=1, transposed=False)
 
 
-def _embedding(lora: LoraModule, owner: Owner) -> Hook:
+def _embedding(lora: LoraModule, owner: OwnedTensor) -> Hook:
     import torch.nn.functional as F
 
     weight = owner.get()
@@ -157,17 +161,23 @@ def _embedding(lora: LoraModule, owner: Owner) -> Hook:
 
 
 def _check(
-    lora: LoraModule, kinds: Sequence[str], seen: tuple[int, ...], fitting: tuple[int, ...], owner: Owner
+    lora: LoraModule,
+    kinds: Sequence[str],
+    seen: tuple[int, ...],
+    fitting: tuple[int, ...],
+    owner: OwnedTensor,
 ) -> None:
     kind = type(owner.module).__name__
     if lora.kind not in kinds:
-        raise NoPlace(f"the model has a {kind} {seen} there, the adapter's factors are of kind {lora.kind}")
+        raise NoParameter(
+            f"the model has a {kind} {seen} there, the adapter's factors are of kind {lora.kind}"
+        )
     if seen != fitting:
-        raise NoPlace(f"the model's {kind} has a weight {seen}, the adapter fits {fitting}")
+        raise NoParameter(f"the model's {kind} has a weight {seen}, the adapter fits {fitting}")
 
 
 def _adding(
-    product: Callable[[Any], Any], lora: LoraModule, owner: Owner, axis: int, transposed: bool
+    product: Callable[[Any], Any], lora: LoraModule, owner: OwnedTensor, axis: int, transposed: bool
 ) -> Hook:
     """Return a forward hook; ``axis`` is the axis of the output channels in the module's output."""
     bias = None if lora.lora_bias is None else tensor_of(lora.lora_bias).to(owner.get().dtype)
@@ -194,7 +204,7 @@ def _adding(
     return hook
 
 
-def dora_factor(lora: LoraModule, owner: Owner, transposed: bool) -> torch.Tensor:
+def dora_factor(lora: LoraModule, owner: OwnedTensor, transposed: bool) -> torch.Tensor:
     """Return m/‖W0 + ΔW‖ for each output, ``(out_dim,)``, in float64 for a float64 model, else in float32.
 
     Args:
@@ -229,7 +239,7 @@ def _numpy(dtype: torch.dtype) -> type[np.floating[Any]]:
 # --- changed parameters ------------------------------------------------------------------------------
 
 
-def changed(lora: LoraModule, owner: Owner, part: Part | None, weight: float) -> torch.Tensor:
+def changed(lora: LoraModule, owner: OwnedTensor, part: StoredPart | None, weight: float) -> torch.Tensor:
     """Return W0 + weight·scaling·B·A, rounded once to W0's dtype.
 
     Args:
@@ -252,7 +262,7 @@ def changed(lora: LoraModule, owner: Owner, part: Part | None, weight: float) ->
     return values
 
 
-def _target(values: torch.Tensor, lora: LoraModule, part: Part | None, expert: int) -> torch.Tensor:
+def _target(values: torch.Tensor, lora: LoraModule, part: StoredPart | None, expert: int) -> torch.Tensor:
     """Return the view of a parameter that one product changes."""
     if part is not None:
         whole = values if part.expert is None else values[part.expert]
@@ -263,7 +273,7 @@ def _target(values: torch.Tensor, lora: LoraModule, part: Part | None, expert: i
     return values[expert] if stacked else values
 
 
-def _orientation(lora: LoraModule, owner: Owner, part: Part | None) -> bool:
+def _orientation(lora: LoraModule, owner: OwnedTensor, part: StoredPart | None) -> bool:
     """Return True if W0 is stored transposed.
 
     Raises:
@@ -272,9 +282,11 @@ def _orientation(lora: LoraModule, owner: Owner, part: Part | None) -> bool:
     values = owner.get()
     stacked = values.dim() == 3 and lora.kind == "parameter" and part is None
     if stacked and len(values) != lora.experts:
-        raise NoPlace(f"the model has {len(values)} experts, the adapter {lora.experts}")
+        raise NoParameter(f"the model has {len(values)} experts, the adapter {lora.experts}")
     if lora.experts > 1 and not stacked:
-        raise NoPlace(f"the model has one weight {tuple(values.shape)}, the adapter {lora.experts} experts")
+        raise NoParameter(
+            f"the model has one weight {tuple(values.shape)}, the adapter {lora.experts} experts"
+        )
     seen = tuple(_target(values, lora, part, 0).shape)
     if lora.kind == "parameter":
         return _parameter_turned(lora, seen, part)
@@ -282,16 +294,16 @@ def _orientation(lora: LoraModule, owner: Owner, part: Part | None) -> bool:
     fits = seen == lora.weight_shape or (is_plain and seen[:2] == _plain_shape(lora))
     turned = len(seen) == 2 and seen[::-1] == lora.matrix_shape
     if not fits and not turned:
-        raise NoPlace(f"the model has a weight {seen}, the adapter fits {lora.weight_shape}")
+        raise NoParameter(f"the model has a weight {seen}, the adapter fits {lora.weight_shape}")
     return turned and not fits
 
 
-def _parameter_turned(lora: LoraModule, seen: tuple[int, ...], part: Part | None) -> bool:
-    """Return False if a module's own parameter fits: PEFT changes it untransposed. Else raise `NoPlace`."""
+def _parameter_turned(lora: LoraModule, seen: tuple[int, ...], part: StoredPart | None) -> bool:
+    """Return False if a module's own parameter fits, as PEFT has it untransposed; or raise `NoParameter`."""
     rows, cols = lora.matrix_shape
     rows = rows if part is None else rows // part.piece[1]
-    if refusal := unsettled(lora, Held(seen, None)):
-        raise NoPlace(refusal.detail, refusal.hint or TRAINED_ON)
+    if refusal := unsettled(lora, ExpertLayout(seen, None)):
+        raise NoParameter(refusal.detail, refusal.hint or TRAINED_ON)
     if seen != (rows, cols):
-        raise NoPlace(f"the model holds matrices {seen}, the adapter fits {(rows, cols)}")
+        raise NoParameter(f"the model holds matrices {seen}, the adapter fits {(rows, cols)}")
     return False

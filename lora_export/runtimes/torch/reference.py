@@ -19,9 +19,9 @@ from lora_export.base.capture.export import first_line, named_tensors, quiet, re
 from lora_export.base.capture.loading import load_model
 from lora_export.base.capture.prepared import example_inputs
 from lora_export.errors import AdapterError, BackendError
+from lora_export.runtimes.torch.find_parameters import ModelParameters, OwnedTensor
 from lora_export.runtimes.torch.float64 import in_float64
 from lora_export.runtimes.torch.hooks import Bound, applied, bind
-from lora_export.runtimes.torch.places import Owner, Places
 from lora_export.runtimes.torch.products import array_of, tensor_of
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class TorchReference:
         return tuple(self._call(inputs, cached=False))
 
     @cached_property
-    def changed_embeddings(self) -> dict[str, Owner]:
+    def changed_embeddings(self) -> dict[str, OwnedTensor]:
         """Path of each embedding that an adapter changes or replaces → owner of its table."""
         from torch import nn
 
@@ -117,9 +117,9 @@ class TorchReference:
             for owner in (*(branch.owner for branch in bound.branches), *(owner for owner, _ in bound.extras))
         }
         return {
-            path: Owner(module, "weight")
+            path: OwnedTensor(module, "weight")
             for path, module in self._model.named_modules()
-            if isinstance(module, nn.Embedding) and Owner(module, "weight") in changed
+            if isinstance(module, nn.Embedding) and OwnedTensor(module, "weight") in changed
         }
 
     @property
@@ -286,7 +286,7 @@ class TorchReference:
 
 
 def _bind_all(model: Any, adapters: Mapping[str, Adapter], folder: Path | None) -> dict[str, Bound]:
-    places = Places(model, folder)
+    places = ModelParameters(model, folder)
     bound, problems = {}, dict[str, str]()
     for name, adapter in adapters.items():
         bound[name], found = bind(model, adapter, places)

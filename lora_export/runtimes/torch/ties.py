@@ -24,7 +24,7 @@ _OF_MEDIAN = 1.4826
 
 
 @dataclass(frozen=True)
-class Choice:
+class TopkCall:
     """One call of `torch.topk`.
 
     Attributes:
@@ -49,12 +49,12 @@ class Choice:
 
 
 @contextlib.contextmanager
-def record_choices() -> Iterator[list[Choice]]:
+def record_choices() -> Iterator[list[TopkCall]]:
     """Record the scores of every `torch.topk` along the last axis inside the block."""
-    found: list[Choice] = []
+    found: list[TopkCall] = []
 
-    def record(choice: Choice) -> torch.Tensor:
-        found.append(Choice(choice.scores.detach().double().clone(), choice.count))
+    def record(choice: TopkCall) -> torch.Tensor:
+        found.append(TopkCall(choice.scores.detach().double().clone(), choice.count))
         return choice.scores
 
     with _each_choice(record):
@@ -62,7 +62,7 @@ def record_choices() -> Iterator[list[Choice]]:
 
 
 @dataclass(frozen=True)
-class Ties:
+class TopkTies:
     """Choices that can't be told apart in a dtype.
 
     Attributes:
@@ -76,7 +76,7 @@ class Ties:
     of: int
 
 
-def near_ties(reference: Sequence[Choice], lossy: Sequence[Choice], factor: float) -> Ties:
+def near_ties(reference: Sequence[TopkCall], lossy: Sequence[TopkCall], factor: float) -> TopkTies:
     """Return the ties found by comparing a run in a dtype with the exact run.
 
     Args:
@@ -86,7 +86,7 @@ def near_ties(reference: Sequence[Choice], lossy: Sequence[Choice], factor: floa
     """
     gaps, near, of = [], 0, 0
     if [choice.scores.shape for choice in reference] != [choice.scores.shape for choice in lossy]:
-        return Ties((), 0, 0)
+        return TopkTies((), 0, 0)
     for exact, found in zip(reference, lossy, strict=True):
         edge = exact.edge()
         gap = exact.gap(edge)
@@ -94,7 +94,7 @@ def near_ties(reference: Sequence[Choice], lossy: Sequence[Choice], factor: floa
         gaps.append(factor * lost)
         near += int((gap < factor * lost).sum())
         of += gap.numel()
-    return Ties(tuple(gaps), near, of)
+    return TopkTies(tuple(gaps), near, of)
 
 
 def _spread(errors: torch.Tensor) -> float:
@@ -108,13 +108,13 @@ def _spread(errors: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def turn_ties(ties: Ties) -> Iterator[None]:
+def turn_ties(ties: TopkTies) -> Iterator[None]:
     """Make every choice that is a tie go the other way inside the block, for the same feeds."""
     import torch
 
     calls = iter(ties.gaps)
 
-    def turn(choice: Choice) -> torch.Tensor:
+    def turn(choice: TopkCall) -> torch.Tensor:
         taken, left = edge = choice.edge()
         within = next(calls)
         near = choice.gap(edge) < within
@@ -135,9 +135,9 @@ def _each_choice(change: Any) -> Iterator[None]:
     import torch
     from torch.overrides import TorchFunctionMode
 
-    def arguments(scores: Any, k: int, dim: int = -1, largest: bool = True, **_: Any) -> Choice | None:
+    def arguments(scores: Any, k: int, dim: int = -1, largest: bool = True, **_: Any) -> TopkCall | None:
         last = dim in (-1, scores.ndim - 1) and scores.is_floating_point()
-        return Choice(scores, k) if last and largest and 0 < k < scores.shape[-1] else None
+        return TopkCall(scores, k) if last and largest and 0 < k < scores.shape[-1] else None
 
     class Watch(TorchFunctionMode):  # type: ignore[misc]  # torch has no types for it
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

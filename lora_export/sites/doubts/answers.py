@@ -35,7 +35,7 @@ from lora_export.plan import Refusal
 from lora_export.sites import operator_named
 from lora_export.sites.doubts.changed import is_path
 from lora_export.sites.doubts.picked import NUMBERED, picked_rows
-from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.doubts.readers import module_by_name
 from lora_export.sites.naming.evidence import folded_names, path_in, weight_name, weight_path
 from lora_export.sites.operand import WEIGHTS, Use
 from lora_export.sites.target import BaseWeights, Site
@@ -194,7 +194,7 @@ def _shape(use: Use) -> tuple[int, ...]:
 
 def _is_lookup(name: str, use: Use) -> bool:
     """Return True if the name says that rows were picked from a table, by a module of its own."""
-    return name.rpartition("/")[2].startswith("Gather") and module_of(use.node) != path_in(name)
+    return name.rpartition("/")[2].startswith("Gather") and module_by_name(use.node) != path_in(name)
 
 
 def _is_plain(values: Array) -> bool:
@@ -274,6 +274,6 @@ def _are_sines(values: Array) -> bool:
 def _nearness(site: Site, use: Use) -> tuple[bool, int]:
     """Tell whether a constant has the size of some answers, and the number of leading names in common."""
     whole = math.prod(_shape(use)) % _outputs(site) == 0
-    one = (path_in(weight_name(use)) or module_of(use.node) or "").split(".")
+    one = (path_in(weight_name(use)) or module_by_name(use.node) or "").split(".")
     other = site.target.path.split(".")
     return whole, next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))

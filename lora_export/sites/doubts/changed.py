@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from lora_export.plan import Refusal
 from lora_export.sites import fit, operator_named
-from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.doubts.readers import module_by_name
 from lora_export.sites.naming.evidence import (
     FOLDED,
     WEIGHT_NAME,
@@ -32,7 +32,7 @@ from lora_export.sites.naming.evidence import (
     weight_path,
 )
 from lora_export.sites.operand import Use
-from lora_export.sites.target import Part, Target
+from lora_export.sites.target import ConstantPart, Target
 
 _RULE = "pkg.onnxscript.rewriter.rule_name"
 # Evidence from another module's parameter: exporters keep one of two that are tied or equal.
@@ -65,7 +65,7 @@ def is_path(path: str) -> bool:
     return _PATH.fullmatch(path) is not None and not any(tool.search(path) for tool, _ in _TOOLS)
 
 
-def doubt_of(target: Target, part: Part, source: str, key: str) -> str:
+def doubt_of(target: Target, part: ConstantPart, source: str, key: str) -> str:
     """Return the reason why a constant may hold other values than a parameter, or an empty string.
 
     Args:
@@ -100,7 +100,7 @@ def doubt_of(target: Target, part: Part, source: str, key: str) -> str:
 
 def _nameless_product(use: Use) -> str:
     """Return what may be hidden in the constant of a product that names no module; empty for other nodes."""
-    if module_of(use.node) is not None:
+    if module_by_name(use.node) is not None:
         return ""
     operator = operator_named(use.node.op_type)
     if operator and operator.folds_norms:
@@ -156,7 +156,7 @@ def nameless(target: Target, uses: Sequence[Use]) -> list[str]:
             continue
         name = weight_name(use)
         if (
-            module_of(use.node) is None
+            module_by_name(use.node) is None
             and not folded_from(use.root)
             and _PATH.fullmatch(weight_path(name)) is None
         ):

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.sites import operator_named
-from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.doubts.readers import module_by_name
 from lora_export.sites.naming.adapter_layers import adapters_among
 from lora_export.sites.naming.evidence import folded_names, scope_path
 from lora_export.sites.operand import constant_behind
@@ -61,7 +61,10 @@ def branch_beside(site: Site) -> str:
             down = _product(up.inputs[0]) if up is not None else None
             if up is None or down is None or x is None or x not in map(_viewed, down.inputs):
                 continue
-            if all(_is_inside(module_of(node), module_of(use.node), site.target.path) for node in (up, down)):
+            if all(
+                _is_inside(module_by_name(node), module_by_name(use.node), site.target.path)
+                for node in (up, down)
+            ):
                 factors = [value for value in up.inputs if value is not None]
                 names = [repr(str(value.name)) for value in factors if constant_behind(value) is not None]
                 return (

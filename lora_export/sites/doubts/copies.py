@@ -24,11 +24,11 @@ import onnx_ir as ir
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import release
-from lora_export.sites.doubts.readers import has_two_products, module_of, reads_another
+from lora_export.sites.doubts.readers import has_two_products, module_by_name, reads_another
 from lora_export.sites.naming.evidence import computed_from, folded_from, path_in, weight_name, weight_path
 from lora_export.sites.operand import WEIGHTS, Use
 from lora_export.sites.target import Site
-from lora_export.sites.values.codes import canonical_shape, rows_of
+from lora_export.sites.values.codes import canonical_shape, decoded_rows
 from lora_export.sites.values.fingerprints import find_places
 from lora_export.sites.values.verify import canonical_rows, search
 
@@ -136,14 +136,14 @@ def _named(site: Site, rest: Sequence[Use], modules: Set[str], uses: Sequence[Us
     if len(site.keys) != 1 or site.target.held_turned is not None or site.target.experts > 1:
         return ""
     path, _, leaf = site.keys[0].rpartition(".")
-    calls = {path, *(str(module_of(use.node)) for part in site.parts for use in part.uses)}
+    calls = {path, *(str(module_by_name(use.node)) for part in site.parts for use in part.uses)}
     calls = {call if call in modules else _CALL.sub("", call) for call in calls}
     tables = {use.operand.kind == "embedding" for part in site.parts for use in part.uses}
     for use in rest:
         # A table and a matrix of the same values are two tied modules.
         if canonical_shape(use) != site.target.matrix or (use.operand.kind == "embedding") not in tables:
             continue
-        module = module_of(use.node)
+        module = module_by_name(use.node)
         is_call = not module or _CALL.sub("", module) in calls
         if named := named_parameters(use):
             # Exporters keep one name for modules whose weights are equal, so the node tells the module.
@@ -219,7 +219,7 @@ def _quantised(sites: Sequence[Site], nameless: Sequence[Use]) -> Mapping[int, s
 
 def _sampled(use: Use) -> Array | None:
     """Return some rows of a weight, evenly spaced; None if they can't be read."""
-    return rows_of(use, np.unique(np.linspace(0, canonical_shape(use)[0] - 1, _ROWS).astype(int)))
+    return decoded_rows(use, np.unique(np.linspace(0, canonical_shape(use)[0] - 1, _ROWS).astype(int)))
 
 
 def holds_rows(site: Site, other: Use, sampled: Callable[[Use], Array | None] = _sampled) -> bool | None:
@@ -245,7 +245,7 @@ def _are_alike(one: Array, other: Array) -> bool:
 
 def is_nameless(use: Use) -> bool:
     """Return True if neither a constant's name nor its node names a module."""
-    return not named_parameters(use) and not module_of(use.node)
+    return not named_parameters(use) and not module_by_name(use.node)
 
 
 def named_parameters(use: Use) -> list[str]:

@@ -15,7 +15,7 @@ from itertools import chain
 import onnx_ir as ir
 
 from lora_export.sites.doubts.copies import holds_rows
-from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.doubts.readers import module_by_name
 from lora_export.sites.isolate import reading_nodes
 from lora_export.sites.naming.evidence import folded_names
 from lora_export.sites.operand import WEIGHTS, Use
@@ -75,5 +75,5 @@ def _computed(site: Site, uses: Sequence[Use]) -> Iterator[ir.Node]:
 
 
 def _is_around(node: ir.Node, modules: set[str]) -> bool:
-    reader = module_of(node)
+    reader = module_by_name(node)
     return reader is not None and any(not reader or module.startswith(f"{reader}.") for module in modules)

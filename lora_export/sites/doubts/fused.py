@@ -28,12 +28,12 @@ from lora_export.plan import Refusal
 from lora_export.sites import operator_of
 from lora_export.sites.doubts.changed import is_path, what_a_tool_did
 from lora_export.sites.doubts.picked import NUMBERED
-from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.doubts.readers import module_by_name
 from lora_export.sites.naming.evidence import folded_names, weight_name, weight_path
 from lora_export.sites.operand import Use
 from lora_export.sites.target import BaseWeights, Site
 from lora_export.sites.values.codes import canonical_shape
-from lora_export.sites.values.factors import Change, Explainer
+from lora_export.sites.values.factors import Explainer, LayerChange
 
 # Number of rows by which a weight is recognised, their least cosine, and the largest difference of any row.
 _ROWS, _ALIKE, _UNLIKE = 4, 0.999, 0.05
@@ -218,9 +218,9 @@ class _Weights:
         self._base = base
         self._samples: dict[tuple[object, ...], list[Array]] = {}
 
-    def changes(self, layer: _Layer) -> Iterator[Change]:
+    def changes(self, layer: _Layer) -> Iterator[LayerChange]:
         """Yield how a layer differs from the checkpoint's weights whose multiple it is (rule 2)."""
-        paths = [weight_path(weight_name(layer.weight)), f"{module_of(layer.weight.node) or ''}.weight"]
+        paths = [weight_path(weight_name(layer.weight)), f"{module_by_name(layer.weight.node) or ''}.weight"]
         names = [name for name, shape in self._base.shapes.items() if layer.has_size(shape)]
         for name in sorted(names, key=lambda name: -max(_common_end(name, path) for path in paths)):
             samples = self._sampled(name, layer)
@@ -240,7 +240,7 @@ class _Weights:
             self._samples[key] = [_sampled(one) for one in layer.same_form(self._base.values(name))]
         return self._samples[key]
 
-    def _measured(self, layer: _Layer, name: str, stored: Array, wanted: Array) -> Change | None:
+    def _measured(self, layer: _Layer, name: str, stored: Array, wanted: Array) -> LayerChange | None:
         size, whole = len(stored), wanted
         stored, wanted = (np.array(one[:, :_COLUMNS], np.float64) for one in (stored, wanted))
         release(layer.weight.root)
@@ -261,7 +261,7 @@ class _Weights:
         bias = np.zeros(len(rows)) if layer.bias is None else self._bias(name, rows)
         held = _held(layer.bias, rows)
         terms = np.abs(held), np.abs(factor * bias)
-        return Change(
+        return LayerChange(
             factor=factor,
             shift=held - factor * bias,
             bias=bias,

@@ -25,7 +25,7 @@ import onnx_ir as ir
 from lora_export.graph.onnx_file import shape_of
 from lora_export.plan import Refusal
 from lora_export.sites.doubts.changed import is_computed_by_exporter
-from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.doubts.readers import module_by_name
 from lora_export.sites.naming.evidence import scope_class, weight_path
 from lora_export.sites.operand import ROUNDED_OR_MOVED, SHAPE_ONLY, Use, constant_behind
 from lora_export.sites.target import BaseWeights, Site
@@ -115,7 +115,7 @@ def _adds_bias(site: Site, use: Use, node: ir.Node, base: BaseWeights | None) ->
     paths = [key.rpartition(".")[0] for key in site.keys]
     if any(weight_path(str(value.name)) == f"{path}.bias" for value in vectors for path in paths):
         return True
-    one, other = module_of(use.node), module_of(node)
+    one, other = module_by_name(use.node), module_by_name(node)
     if one or other:
         return one == other
     return base is not None and any(base.stores(f"{path}.bias") for path in paths)
@@ -123,7 +123,7 @@ def _adds_bias(site: Site, use: Use, node: ir.Node, base: BaseWeights | None) ->
 
 def _own_work(site: Site, use: Use) -> tuple[str, str] | None:
     """Apply rule 2 to the module's nodes; return the reason and a hint."""
-    module = module_of(use.node)
+    module = module_by_name(use.node)
     if (
         not module
         or site.is_quantised
@@ -188,7 +188,7 @@ def _before(use: Use, module: str) -> Iterator[ir.Node]:
 
 def _is_own(node: ir.Node, module: str) -> bool:
     """Return True if a node is of a module, or of one inside it."""
-    return f"{module_of(node) or ''}.".startswith(f"{module}.")
+    return f"{module_by_name(node) or ''}.".startswith(f"{module}.")
 
 
 def _computed_factor(site: Site) -> tuple[str, str] | None:
@@ -218,7 +218,7 @@ def marked(site: Site) -> Site:
 
 
 def _has_unknown_factor(use: Use) -> bool:
-    module = module_of(use.node)
+    module = module_by_name(use.node)
     if use.node.op_type != "Gather" or use.operand.kind != "embedding" or not module:
         return False
     if _SCALED in (scope_class(use.node) or ""):
@@ -234,10 +234,10 @@ def _trained_otherwise(use: Use) -> bool:
         return True
     pad = node.inputs[0].producer() if node.inputs[0] is not None else None
     # A padding layer of the model's own has another name; where a tool has lost the names, it may be either.
-    if pad is None or module_of(pad) != module_of(node):
+    if pad is None or module_by_name(pad) != module_by_name(node):
         return False
     if pad.op_type == "Concat":
-        return module_of(node) is not None or _repeats_ends(pad)
+        return module_by_name(node) is not None or _repeats_ends(pad)
     return pad.op_type == "Pad" and pad.attributes.get_string("mode", "") not in ("", "constant")
 
 

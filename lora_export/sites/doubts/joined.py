@@ -24,7 +24,7 @@ import numpy as np
 
 from lora_export.graph.onnx_file import FLOAT_TYPES
 from lora_export.sites.doubts.copies import holds_rows, is_nameless
-from lora_export.sites.doubts.readers import is_related, module_of
+from lora_export.sites.doubts.readers import is_related, module_by_name
 from lora_export.sites.naming import names
 from lora_export.sites.naming.evidence import NODE_NAME, SCOPE, weight_name, weight_path
 from lora_export.sites.operand import WEIGHTS, Use
@@ -47,7 +47,7 @@ def joined_copies(
     Args:
         sites: Sites of an adapter's targets.
         uses: All uses in the graph.
-        evidence: Result of `evidence.collect`.
+        evidence: Result of `evidence.collect_evidence`.
         weight_of: The checkpoint.
     """
     found: dict[int, tuple[str, str]] = {}
@@ -131,7 +131,7 @@ def _named(key: str, evidence: Evidence) -> Iterator[Use]:
         for use in table.get(key, ()):
             if use.operand.kind == "vector" or use.root.const_value is None:
                 continue
-            module = module_of(use.node)
+            module = module_by_name(use.node)
             if source in (SCOPE, NODE_NAME) or not module or is_related(module, path):
                 yield use
 

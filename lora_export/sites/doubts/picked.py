@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import release, shape_of
-from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.doubts.readers import module_by_name
 from lora_export.sites.naming.evidence import weight_name
 from lora_export.sites.operand import WEIGHTS, Use
 from lora_export.sites.target import BaseWeights, Site
@@ -68,7 +68,7 @@ def _may_hold(site: Site, use: Use, base: BaseWeights | None) -> bool:
         return True
     rows, cols = canonical_shape(use)
     is_whole = rows >= site.target.matrix[0] and cols == site.target.matrix[1]
-    module = module_of(use.node)
+    module = module_by_name(use.node)
     has_weight = base is not None and bool(module) and base.stores(f"{module}.weight")
     return not is_whole and not has_weight
 

@@ -18,13 +18,13 @@ from lora_export.sites.naming.evidence import (
     weight_path,
 )
 from lora_export.sites.operand import WEIGHTS, Use
-from lora_export.sites.target import Part, Site, Target
+from lora_export.sites.target import ConstantPart, Site, Target
 from lora_export.sites.uses import has_body
 
 _CALL = re.compile(r"_\d+")
 
 
-def module_of(node: ir.Node) -> str | None:
+def module_by_name(node: ir.Node) -> str | None:
     """Return the module path of a node by its metadata or its name; None if the exporter left neither."""
     path = scope_path(node)
     return node_path(node) if path is None else path
@@ -42,7 +42,7 @@ def reads_another(use: Use, path: str, parameter: str) -> bool:
 def foreign_reader(path: str, uses: Sequence[Use]) -> str:
     """Return the reason why a weight with the right name may hold other values, or an empty string."""
     for use in uses:
-        reader = module_of(use.node)
+        reader = module_by_name(use.node)
         if reader and not is_related(reader, path):
             return (
                 f"the weight {use.root.name!r} is read by a node of {reader!r}: the exporter may have "
@@ -81,17 +81,17 @@ def repeated_calls(site: Site, path: str, source: str) -> str:
     """Return a note on the nodes of other names that were taken for further calls of the module, or ""."""
     if source != NODE_NAME:
         return ""
-    modules = {module_of(use.node) for part in site.parts for use in part.uses}
+    modules = {module_by_name(use.node) for part in site.parts for use in part.uses}
     others = sorted(str(module) for module in modules if module and not module.endswith(path))
     return f"; {', '.join(others)} taken for further calls of it" if others else ""
 
 
-def _unclear(part: Part, source: str) -> str:
+def _unclear(part: ConstantPart, source: str) -> str:
     """Return a reason if a weight found by name has several readers: exporters merge equal weights."""
     nodes = {id(use.node): use.node for use in part.uses}.values()
     if len(nodes) < 2 or source not in (FOLDED, WEIGHT_NAME):
         return ""
-    modules = {module_of(node) for node in nodes}
+    modules = {module_by_name(node) for node in nodes}
     if None in modules:
         return (
             f"is read by {len(nodes)} nodes that have no names: one module called twice, "
@@ -120,12 +120,14 @@ def has_two_products(node: ir.Node, uses: Sequence[Use]) -> bool:
     Each call of a module has a number of its own, so that a Linear's name has one product. torch.export's
     metadata has no numbers.
     """
-    module = module_of(node)
-    named = {id(use.node) for use in uses if use.operand.kind in WEIGHTS and module_of(use.node) == module}
+    module = module_by_name(node)
+    named = {
+        id(use.node) for use in uses if use.operand.kind in WEIGHTS and module_by_name(use.node) == module
+    }
     return scope_path(node) is None and len(named) > 1
 
 
-def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
+def _stranger(part: ConstantPart, path: str, uses: Sequence[Use]) -> str:
     """Return a reason if another reader may be the module's own: it would keep the old values."""
     mine = {(id(use.node), use.operand.index) for use in part.uses}
     kinds = {use.operand.kind for use in part.uses}
@@ -134,7 +136,7 @@ def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
             continue
         if has_body(use.node):
             return f"is also given to {use.node.op_type} as an input: what reads it in there is not followed"
-        module = module_of(use.node)
+        module = module_by_name(use.node)
         # If one reader is a table and the other a matrix, they are different modules with a tied weight.
         tied = {*kinds, use.operand.kind} == {"embedding", "linear"} and not use.refusal
         if module == path or (module is None and not tied):
@@ -144,7 +146,7 @@ def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
     return ""
 
 
-def folded_into_conv(target: Target, part: Part) -> bool:
+def folded_into_conv(target: Target, part: ConstantPart) -> bool:
     """Return True if a convolution's weight or bias was computed by the exporter: a batch norm may be in it.
 
     Exporters either give the result a name of its own, or keep the name, and metadata names the norm as

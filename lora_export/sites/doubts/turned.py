@@ -22,10 +22,10 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import release, stored_matrix
 from lora_export.sites.doubts.copies import named_parameters
-from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.doubts.readers import module_by_name
 from lora_export.sites.operand import Use
-from lora_export.sites.target import Part, Site
-from lora_export.sites.values.codes import canonical_shape, rows_of
+from lora_export.sites.target import ConstantPart, Site
+from lora_export.sites.values.codes import canonical_shape, decoded_rows
 from lora_export.sites.values.content import COSINE
 
 # Number of rows and columns at whose crossings matrices are compared first; least cosine of rows of codes.
@@ -75,7 +75,7 @@ def _turned_reader(site: Site, readers: Mapping[int, Sequence[Use]]) -> Use | No
             if use.transposed != part.uses[0].transposed:
                 named = named_parameters(use)
                 merged = named and not set(named) & set(site.keys)
-                if not (merged and _is_beside(module_of(use.node), site.target.path)):
+                if not (merged and _is_beside(module_by_name(use.node), site.target.path)):
                     return use
     return None
 
@@ -108,10 +108,10 @@ def _least(one: Use, other: Use) -> float:
     return _ALIKE if one.quantised or other.quantised else COSINE
 
 
-def _is_module(use: Use, part: Part, keys: Sequence[str], parameters: Set[str]) -> bool:
+def _is_module(use: Use, part: ConstantPart, keys: Sequence[str], parameters: Set[str]) -> bool:
     """Return True if the node that reads a constant belongs to another module, which has a weight."""
-    module = module_of(use.node)
-    if not module or module in {module_of(mine.node) for mine in part.uses}:
+    module = module_by_name(use.node)
+    if not module or module in {module_by_name(mine.node) for mine in part.uses}:
         return False
     own = f"{module}.weight"
     return own not in keys and any(_is_end(own, name) for name in parameters)
@@ -131,7 +131,7 @@ def _crossings(use: Use) -> Array | None:
     assert use.root.const_value is not None
     rows, cols = (_lines(count) for count in canonical_shape(use))
     if use.quantised:
-        values = rows_of(use, rows)
+        values = decoded_rows(use, rows)
         return None if values is None else values[:, cols]
     stored = stored_matrix(use.root.const_value)
     picked = np.asarray((stored.T if use.transposed else stored)[np.ix_(rows, cols)], np.float64)
@@ -142,7 +142,7 @@ def _crossings(use: Use) -> Array | None:
 def _hold_transposes(one: Use, other: Use) -> bool:
     """Return True if some whole rows of a weight are another's columns, up to a factor each."""
     rows = _lines(canonical_shape(one)[0])
-    mine, theirs = rows_of(one, rows), _columns_of(other, rows)
+    mine, theirs = decoded_rows(one, rows), _columns_of(other, rows)
     for use in (one, other):
         release(use.root)
     return _are_transposes(mine, theirs, _least(one, other))
@@ -151,7 +151,7 @@ def _hold_transposes(one: Use, other: Use) -> bool:
 def _columns_of(use: Use, columns: Array) -> Array | None:
     assert use.root.const_value is not None
     if use.quantised:
-        values = rows_of(use, np.arange(canonical_shape(use)[0]))
+        values = decoded_rows(use, np.arange(canonical_shape(use)[0]))
         return None if values is None else values[:, columns]
     stored = stored_matrix(use.root.const_value)
     return np.asarray((stored.T if use.transposed else stored)[:, columns], np.float64)

@@ -15,7 +15,7 @@ from lora_export.graph.reach import Reach
 from lora_export.plan import Refusal
 from lora_export.sites.fit import stored_shape
 from lora_export.sites.operand import LEFT, Use
-from lora_export.sites.target import Miss, Part, Site, Target
+from lora_export.sites.target import ConstantPart, Miss, Site, Target
 from lora_export.storage.patch import Placement
 from lora_export.untrusted.computed import Budget
 
@@ -78,7 +78,7 @@ def _uses(site: Site) -> list[Use]:
     return [use for part in site.parts for use in part.uses]
 
 
-def _is_used(reach: Reach, target: Target, part: Part, budget: Budget) -> bool:
+def _is_used(reach: Reach, target: Target, part: ConstantPart, budget: Budget) -> bool:
     """Return whether an output depends on what a target changes of one constant."""
     for use in part.uses:
         if is_read(reach, use):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
+from lora_export.formats.schemes.known import flatten
 from lora_export.sites.naming.fits import Below, Fits
 from lora_export.sites.naming.known_names import (
     KnownNames,
@@ -15,7 +16,7 @@ from lora_export.sites.naming.known_names import (
     is_outer,
     submodels_of,
 )
-from lora_export.sites.naming.names import Named, Prefix, flatten
+from lora_export.sites.naming.names import Named, Prefix
 
 NO_CHANGE = Prefix()
 

@@ -44,7 +44,7 @@ _FUSION = re.compile(r"\w*Fusion")
 _CALL = re.compile(r"_\d+$")
 
 
-def collect(uses: Sequence[Use]) -> dict[str, dict[str, list[Use]]]:
+def collect_evidence(uses: Sequence[Use]) -> dict[str, dict[str, list[Use]]]:
     """Return evidence source → parameter path (``model.layers.0.mlp.up_proj.weight``) → uses."""
     found: dict[str, dict[str, list[Use]]] = {source: defaultdict(list) for source in SOURCES}
     for use in uses:

@@ -12,8 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
+from lora_export.formats.schemes.known import flatten
 from lora_export.sites.naming.known_names import EXPERTS, KnownNames
-from lora_export.sites.naming.names import Prefix, common_form, flatten, per_expert, variants
+from lora_export.sites.naming.names import Prefix, common_form, per_expert, variants
 
 
 class Below:

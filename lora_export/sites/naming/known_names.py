@@ -10,7 +10,8 @@ from functools import cached_property
 from itertools import pairwise
 
 from lora_export.formats.reading.wrappers import is_too_deep
-from lora_export.sites.naming.names import Prefix, common_form, flatten, per_expert, variants
+from lora_export.formats.schemes.known import flatten
+from lora_export.sites.naming.names import Prefix, common_form, per_expert, variants
 from lora_export.sites.naming.towers import (
     Kinds,
     kinds_of_names,

@@ -118,8 +118,3 @@ def fused_of(keys: Sequence[str]) -> str | None:
     if fused is None or len(stems) != 1 or len(parameters) != 1:
         return None
     return ".".join([*stems.pop(), fused, parameters.pop()])
-
-
-def flatten(key: str) -> str:
-    """Return a path with its dots as underscores, as kohya's files write it."""
-    return key.replace(".", "_")

@@ -12,9 +12,10 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
+from lora_export.formats.schemes.known import flatten
 from lora_export.sites.naming.known_names import KnownNames, has_index
 from lora_export.sites.naming.likeness import matrix_of
-from lora_export.sites.naming.names import Named, Prefix, flatten
+from lora_export.sites.naming.names import Named, Prefix
 
 _SHOWN = 4
 # Matches a path down to its last number that is not a module of its own, as `to_out.0` is.

@@ -29,10 +29,11 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from lora_export.formats.schemes.known import flatten
 from lora_export.sites.naming.choice import NO_CHANGE, Choice
 from lora_export.sites.naming.fits import Below, Fits
 from lora_export.sites.naming.known_names import KnownNames
-from lora_export.sites.naming.names import Named, Prefix, flatten
+from lora_export.sites.naming.names import Named, Prefix
 from lora_export.sites.naming.offers import Offers, offers_of
 from lora_export.sites.naming.versions import OneVersion, in_one_version
 
@@ -40,7 +41,7 @@ _SHOWN = 4
 
 
 @dataclass(frozen=True)
-class Problem:
+class NamingProblem:
     """Reason why a parameter has no name in the base.
 
     Attributes:
@@ -55,9 +56,9 @@ class Problem:
         return f"{self.kind}: {self.detail}" if self.detail else self.kind
 
 
-NOT_FOUND = Problem("not found")
+NOT_FOUND = NamingProblem("not found")
 _CONVERTED = "names of another version of transformers converted"
-_TOO_MANY = Problem("ambiguous", "the ends of its names are the ends of too many of the base's")
+_TOO_MANY = NamingProblem("ambiguous", "the ends of its names are the ends of too many of the base's")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class Renaming:
     """
 
     names: tuple[str | None, ...]
-    problems: dict[int, Problem] = field(default_factory=dict)
+    problems: dict[int, NamingProblem] = field(default_factory=dict)
     change: Prefix = NO_CHANGE
     hint: str = ""
     tells_part: bool = False
@@ -188,12 +189,12 @@ class _Renamer:
 
     def _applied(self, change: Prefix) -> Renaming:
         names: list[str | None] = []
-        problems: dict[int, Problem] = {}
+        problems: dict[int, NamingProblem] = {}
         found = self._choice.names(change)
         for number, named in enumerate(self._wanted):
             fitting = found.get(number, [])
             if len(fitting) > 1:
-                problems[number] = Problem("ambiguous", f"may be {', '.join(fitting[:_SHOWN])}")
+                problems[number] = NamingProblem("ambiguous", f"may be {', '.join(fitting[:_SHOWN])}")
             elif not fitting and self._flattened:
                 problems[number] = NOT_FOUND
             if len(fitting) == 1 or self._flattened:
@@ -225,7 +226,7 @@ class _Renamer:
             f", as --component says: it is for a model of the kind {kind}, the base is {own}" if kind else ""
         )
 
-    def _refuse_doubles(self, names: list[str | None], problems: dict[int, Problem]) -> bool:
+    def _refuse_doubles(self, names: list[str | None], problems: dict[int, NamingProblem]) -> bool:
         """Refuse parameters that become the same one (rule 6); return True if there are any."""
         owners: dict[tuple[str, str], list[int]] = defaultdict(list)
         for number, (name, named) in enumerate(zip(names, self._wanted, strict=True)):
@@ -236,7 +237,7 @@ class _Renamer:
             for number in numbers:
                 others = [_called(self._wanted[other]) for other in numbers if other != number]
                 listed = ", ".join(others[:_SHOWN])
-                problems[number] = Problem("ambiguous", f"{name} is where {listed} is found as well")
+                problems[number] = NamingProblem("ambiguous", f"{name} is where {listed} is found as well")
                 names[number] = None
         return bool(doubles)
 
@@ -293,7 +294,7 @@ class _Renamer:
         for number in range(len(self._wanted)):
             fitting = sorted(names[number])
             listed = ", ".join(fitting[:_SHOWN]) + (", …" if len(fitting) > _SHOWN else "")
-            problems[number] = Problem("ambiguous", f"may be {listed}") if fitting else NOT_FOUND
+            problems[number] = NamingProblem("ambiguous", f"may be {listed}") if fitting else NOT_FOUND
         offers = self._offers()
         hint = f"say which with {offers.text}" if offers else ""
         return Renaming(
@@ -318,14 +319,14 @@ class _Renamer:
         part = f"if that is the part that belongs, give {offers.text}" if offers else ""
         part = "; ".join(filter(None, (part, offers.in_turn)))
         if self._choice.is_scope_unknown:
-            problem = Problem(
+            problem = NamingProblem(
                 "not found", f"neither the adapter nor the base has anything under '{self._choice.given}'"
             )
             without = "give this adapter without --component"
             hint = f"give {offers.text}, or {without}" if offers else without
             return self._all(problem, hint, offers, tells_part=True)
         if offers.others and not offers:
-            problem = Problem("not found", "what would fit is of another kind of model")
+            problem = NamingProblem("not found", "what would fit is of another kind of model")
             return self._all(problem, self._of_others(offers), offers)
         counts = self._choice.changes or {}
         most = max(counts.values())
@@ -340,8 +341,8 @@ class _Renamer:
                 f"check the base: {most} of {count} parameters would fit with {found}, which is not its "
                 "outer name; if they are meant, rename the adapter's tensors"
             )
-            return self._all(Problem("not found", "not under its own path"), hint, offers)
-        problem = Problem(
+            return self._all(NamingProblem("not found", "not under its own path"), hint, offers)
+        problem = NamingProblem(
             "not found", "not under its own path; under another it may be a different part of the model"
         )
         return self._all(problem, f"{offers.placed} of {count} parameters fit elsewhere: {part}", offers)
@@ -355,7 +356,7 @@ class _Renamer:
             f"{listed}; give the base of that part"
         )
 
-    def _all(self, problem: Problem, hint: str, offers: Offers, tells_part: bool = False) -> Renaming:
+    def _all(self, problem: NamingProblem, hint: str, offers: Offers, tells_part: bool = False) -> Renaming:
         names, problems = (None,) * len(self._wanted), dict.fromkeys(range(len(self._wanted)), problem)
         told = tells_part or bool(offers)
         return Renaming(names=names, problems=problems, hint=hint, tells_part=told, reach=offers.placed)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lora_export.sites.naming.names import flatten
+from lora_export.formats.schemes.known import flatten
 
 _WORDS = {
     **dict.fromkeys(("text", "language"), "text"),

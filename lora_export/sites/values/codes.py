@@ -24,7 +24,7 @@ def canonical_shape(use: Use) -> tuple[int, int]:
     return (cols, rows) if use.transposed else (rows, cols)
 
 
-def rows_of(use: Use, rows: Array) -> Array | None:
+def decoded_rows(use: Use, rows: Array) -> Array | None:
     """Return rows of the canonical weight, each up to a factor; None if its codes can't be read.
 
     Args:

@@ -47,7 +47,7 @@ _SAME = 0.999
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Change:
+class LayerChange:
     """Difference of a layer's parameters from the checkpoint's: ``f·W`` and ``f·b + d``.
 
     Attributes:
@@ -117,7 +117,7 @@ class Explainer:
             }
         return self._vectors[size]
 
-    def unexplained(self, change: Change) -> Array | None:
+    def unexplained(self, change: LayerChange) -> Array | None:
         """Return the factor or the shift, whichever the checkpoint doesn't explain; None if it does."""
         left: list[Array] = []
         with np.errstate(all="ignore"):
@@ -136,7 +136,7 @@ class Explainer:
     def is_of_norm(self, values: Array) -> bool:
         """Return True if a vector is what a frozen batch norm multiplies with or adds (rule 4)."""
         size = values.size
-        change = Change(
+        change = LayerChange(
             factor=np.asarray(values, np.float64).reshape(-1),
             shift=np.zeros(size),
             bias=np.zeros(size),
@@ -156,7 +156,7 @@ class Explainer:
                     return True
         return False
 
-    def _factors(self, change: Change) -> Iterator[_Norm]:
+    def _factors(self, change: LayerChange) -> Iterator[_Norm]:
         """Yield the norms that explain the factor: none, and batch norms; the likeliest first."""
         none, *norms = self._norms(change)
         yield from self._with_number([none, *norms], change)
@@ -168,7 +168,7 @@ class Explainer:
             if self._is_multiple(np.where(norm.scale == 0, 0, change.factor / norm.scale), change):
                 yield norm
 
-    def _with_number(self, norms: Sequence[_Norm], change: Change) -> Iterator[_Norm]:
+    def _with_number(self, norms: Sequence[_Norm], change: LayerChange) -> Iterator[_Norm]:
         """Yield the norms that are the factor, up to a number."""
         for norm in norms:
             # A norm of zero gives zeros, whatever it is multiplied with.
@@ -176,7 +176,7 @@ class Explainer:
             if self._is_number((change.factor / norm.scale)[told], change):
                 yield norm
 
-    def _lengths(self, change: Change) -> Iterator[_Norm]:
+    def _lengths(self, change: LayerChange) -> Iterator[_Norm]:
         """Apply rule 3: yield rows of length 1, and of the lengths that a weight norm gives them."""
         # The bias does not pass these norms.
         lengths, bias = change.lengths(), change.bias
@@ -185,7 +185,7 @@ class Explainer:
             if name.endswith(_LENGTHS):
                 yield _Norm(vector[change.rows] / lengths, bias, bias)
 
-    def _norms(self, change: Change) -> Iterator[_Norm]:
+    def _norms(self, change: LayerChange) -> Iterator[_Norm]:
         """Yield no norm, then each batch norm with each epsilon."""
         zeros, ones = np.zeros(len(change.rows)), np.ones(len(change.rows))
         yield _Norm(ones, zeros, zeros)
@@ -201,7 +201,7 @@ class Explainer:
             for epsilon in (own, *_EPSILONS) if own >= 0 else _EPSILONS:
                 yield _Norm(gamma / np.sqrt(variance + epsilon), beta, mean)
 
-    def _is_shift(self, shift: Array, change: Change) -> bool:
+    def _is_shift(self, shift: Array, change: LayerChange) -> bool:
         # The rounding is that of the terms, of which a small shift is the difference.
         terms = change.scale / (_TIMES * max(float(np.abs(shift).max()), 1e-300))
         change = replace(change, rounding=change.rounding * max(1.0, terms))
@@ -211,7 +211,7 @@ class Explainer:
             for one in (shift, before)
         )
 
-    def _is_number(self, values: Array, change: Change) -> bool:
+    def _is_number(self, values: Array, change: LayerChange) -> bool:
         """Apply rule 1: a few rows have other numbers if a tool has joined layers."""
         if not np.isfinite(values).all():
             return False
@@ -226,23 +226,23 @@ class Explainer:
         made = np.concatenate([one(singles) for one in FUNCTIONS])
         return all(bool((np.abs(made - x) <= change.rounding * abs(x)).any()) for x in numbers)
 
-    def _is_multiple(self, values: Array, change: Change) -> bool:
+    def _is_multiple(self, values: Array, change: LayerChange) -> bool:
         """Return True if values are a vector's, times a number (rule 2)."""
         return _any_multiple(values, self._matrix(change), change.rounding)
 
-    def _is_own(self, values: Array, change: Change) -> bool:
+    def _is_own(self, values: Array, change: LayerChange) -> bool:
         """Apply rule 2."""
         matrix = self._matrix(change)
         if any(_any_multiple(values, one(matrix), change.rounding) for one in FUNCTIONS):
             return True
         return any(len(np.unique(own)) >= _ORDERED and same_order(own, values) for own in matrix)
 
-    def _matrix(self, change: Change) -> Array:
+    def _matrix(self, change: LayerChange) -> Array:
         """Return all vectors of a change's size, one a row."""
         vectors = [vector[change.rows] for vector in self._vectors_of(change.size).values()]
         return np.stack(vectors) if vectors else np.zeros((0, len(change.rows)))
 
-    def _is_row(self, values: Array, change: Change) -> bool:
+    def _is_row(self, values: Array, change: LayerChange) -> bool:
         """Return True if values are a row of a table, times a number."""
         for name, shape in self._shapes.items():
             if len(shape) < 2 or shape[-1] != change.size or name in self._changed:

@@ -13,7 +13,7 @@ from lora_export.plan import Refusal
 from lora_export.sites import fit
 from lora_export.sites.experts import unsettled
 from lora_export.sites.operand import NORMS, SKIP_NORMS, Use
-from lora_export.sites.target import Part, Stack, Target, Wanted
+from lora_export.sites.target import ConstantPart, ExpertStack, Target, Wanted
 from lora_export.sites.values import content
 from lora_export.sites.values.code_values import CodesMatch, codes_of, compare_codes
 from lora_export.sites.values.held import compare_vector
@@ -29,7 +29,9 @@ _ROUNDED = 1e-5
 _RELATED = 0.5
 
 
-def check_content(target: Target, part: Part, wanted: Wanted, trusted: bool = False) -> Part | Refusal:
+def check_content(
+    target: Target, part: ConstantPart, wanted: Wanted, trusted: bool = False
+) -> ConstantPart | Refusal:
     """Compare every value of a part with the checkpoint's weight.
 
     Args:
@@ -41,7 +43,7 @@ def check_content(target: Target, part: Part, wanted: Wanted, trusted: bool = Fa
     Returns:
         The part, with the factors of rescaled rows; or a refusal of kind ``values`` with the difference.
     """
-    if isinstance(wanted, Stack):
+    if isinstance(wanted, ExpertStack):
         return _check_experts(target, part, wanted)
     if target.kind == "vector":
         return _check_whole(target, part, wanted, trusted)
@@ -99,14 +101,14 @@ def _best(stored: Array, wanted: Sequence[Array]) -> tuple[content.Match, Array]
     return match, first
 
 
-def check_codes(target: Target, part: Part, wanted: Wanted) -> CodesMatch | None:
+def check_codes(target: Target, part: ConstantPart, wanted: Wanted) -> CodesMatch | None:
     """Compare every value that a quantised constant stands for with the checkpoint's.
 
     Returns:
         The match of a square matrix's better orientation; None if the codes can't be read, or are an
         expert's.
     """
-    if isinstance(wanted, Stack):
+    if isinstance(wanted, ExpertStack):
         return None
     (placement,) = part.placements
     if target.kind == "vector":
@@ -122,7 +124,7 @@ def check_codes(target: Target, part: Part, wanted: Wanted) -> CodesMatch | None
     return max(found, key=lambda match: (match.within, match.cosine))
 
 
-def canonical_rows(part: Part, placement: Placement) -> Array:
+def canonical_rows(part: ConstantPart, placement: Placement) -> Array:
     """Return the stored rectangle of a placement, in canonical orientation."""
     assert part.root.const_value is not None
     return rectangle(stored_matrix(part.root.const_value), placement)
@@ -143,7 +145,7 @@ def orientations(target: Target, wanted: Array) -> list[Array]:
     return [matrix, matrix.T] if square else [matrix]
 
 
-def _check_whole(target: Target, part: Part, wanted: Array, trusted: bool) -> Part | Refusal:
+def _check_whole(target: Target, part: ConstantPart, wanted: Array, trusted: bool) -> ConstantPart | Refusal:
     assert part.root.const_value is not None
     start, stop = part.placements[0].rows
     row = part.placements[0].row
@@ -164,20 +166,20 @@ def _check_whole(target: Target, part: Part, wanted: Array, trusted: bool) -> Pa
     return Refusal("values", _differs(part))
 
 
-def _is_norm(target: Target, part: Part) -> bool:
+def _is_norm(target: Target, part: ConstantPart) -> bool:
     """Return True if a vector is only read as the weight of norms."""
     norms = NORMS | SKIP_NORMS
     return target.key.endswith(".weight") and all(use.node.op_type in norms for use in part.uses)
 
 
-def _differs(part: Part) -> str:
+def _differs(part: ConstantPart) -> str:
     kind = (
         "vector" if part.root.const_value is not None and len(part.root.const_value.shape) == 1 else "weight"
     )
     return f"the {kind} {part.root.name!r} does not hold the checkpoint's values"
 
 
-def _check_experts(target: Target, part: Part, wanted: Stack) -> Part | Refusal:
+def _check_experts(target: Target, part: ConstantPart, wanted: ExpertStack) -> ConstantPart | Refusal:
     """Compare every matrix of a stack; for square ones the values tell the orientation.
 
     Args:
@@ -207,7 +209,7 @@ def _check_experts(target: Target, part: Part, wanted: Stack) -> Part | Refusal:
     return replace(part, placements=fit.expert_placements(target, (True in alike) != turned))
 
 
-def _check_expert(target: Target, part: Part, wanted: Stack) -> Part | Refusal:
+def _check_expert(target: Target, part: ConstantPart, wanted: ExpertStack) -> ConstantPart | Refusal:
     """Compare some rows of one expert."""
     (placement,) = part.placements
     held = wanted.matrix(placement.expert)
@@ -237,7 +239,7 @@ def unconfirmed(target: Target) -> Refusal | None:
     )
 
 
-def search(target: Target, use: Use, wanted: Wanted, offsets: Sequence[int]) -> Iterator[Part]:
+def search(target: Target, use: Use, wanted: Wanted, offsets: Sequence[int]) -> Iterator[ConstantPart]:
     """Yield the parts of a use's constant that hold the target's values: all, some rows, or some of them.
 
     Args:
@@ -252,7 +254,7 @@ def search(target: Target, use: Use, wanted: Wanted, offsets: Sequence[int]) -> 
         placed = fit.place(target, use)
         if isinstance(placed, Refusal):
             return
-        checked = check_content(target, Part(use.root, (use,), placed), wanted)
+        checked = check_content(target, ConstantPart(use.root, (use,), placed), wanted)
         if not isinstance(checked, Refusal):
             yield checked
         return
@@ -266,12 +268,12 @@ def search(target: Target, use: Use, wanted: Wanted, offsets: Sequence[int]) -> 
     for offset in (0,) if target.kind == "vector" else offsets:
         covered = (0, rows) if fused else (offset, offset + height)
         placement = fit.placement_at(offset if fused else 0, covered, transposed)
-        checked = check_content(target, Part(use.root, (use,), (placement,)), wanted)
+        checked = check_content(target, ConstantPart(use.root, (use,), (placement,)), wanted)
         if not isinstance(checked, Refusal):
             yield checked
 
 
-def tile(target: Target, parts: Sequence[Part]) -> bool:
+def tile(target: Target, parts: Sequence[ConstantPart]) -> bool:
     """Return True if the parts are the whole target: one of them, or rows that follow each other."""
     row = 0
     for part in parts:

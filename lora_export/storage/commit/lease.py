@@ -47,7 +47,7 @@ _UNKNOWN_KERNEL = "0" * 6
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-class Owner(Enum):
+class HolderState(Enum):
     """State of the process that holds a lease."""
 
     RUNS = "runs"
@@ -161,7 +161,7 @@ class Lease:
             if self._grip is None:  # another process saw it before it was locked, and removes it
                 time.sleep(PAUSE_S)
 
-    def owner(self) -> Owner:
+    def owner(self) -> HolderState:
         """Return the state of the lease's holder; if that has ended, this process holds the lease now."""
         for path in self._places:
             if not is_there(path):
@@ -169,18 +169,18 @@ class Lease:
             try:
                 grip = take(path)
             except FileNotFoundError:  # it has just been renamed or removed
-                return Owner.RUNS
+                return HolderState.RUNS
             except (OSError, OutputError):
-                return Owner.UNKNOWN
+                return HolderState.UNKNOWN
             if grip is None:
-                return Owner.RUNS
+                return HolderState.RUNS
             # Rule 1: another user may put a file of this name into a folder that all write into.
             if not grip.locked or os.fstat(grip.handle).st_uid != os.geteuid():
                 grip.let_go()
-                return Owner.UNKNOWN
+                return HolderState.UNKNOWN
             self._grip = grip
-            return Owner.ENDED
-        return Owner.UNKNOWN
+            return HolderState.ENDED
+        return HolderState.UNKNOWN
 
     def release(self, calm: Uninterrupted, remove: bool) -> None:
         """Release the lease that this process held.
@@ -272,7 +272,7 @@ class Lease:
         place, name = os.path.split(said.target)
         target = self._named(said.target)
         # One folder has two paths where it is mounted twice.
-        is_covered = place in covered or is_same(target.parent, self.folder)
+        is_covered = place in covered or is_one_folder(target.parent, self.folder)
         if name in ("", os.curdir, os.pardir) or not is_covered:
             raise ValueError(f"{self.path} names {said.target!r}, but does not cover its folder")
         return Entry(staged_as(target, self.identity), said.new, said.replaces)
@@ -290,7 +290,7 @@ class Lease:
         return os.path.relpath(folder.resolve(), self.folder.resolve())
 
 
-def is_same(folder: Path, other: Path) -> bool:
+def is_one_folder(folder: Path, other: Path) -> bool:
     """Return whether both are there and are one folder."""
     with contextlib.suppress(OSError):
         return folder.samefile(other)

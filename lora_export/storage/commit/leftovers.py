@@ -23,15 +23,15 @@ from lora_export.errors import OutputError
 from lora_export.storage.commit.lease import (
     IDENTITY,
     LEASE,
+    HolderState,
     Lease,
-    Owner,
     Record,
     is_here,
-    is_same,
+    is_one_folder,
     new_identity,
 )
 from lora_export.storage.commit.lock import NAME, BusyError, locked
-from lora_export.storage.commit.settling import is_settled, names, settle
+from lora_export.storage.commit.settling import is_settled, names, settle_set
 from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.steps import MARK, RETIRED, discard, itself
 from lora_export.storage.commit.told import has_begun, has_ended, tell
@@ -154,9 +154,9 @@ def mention(folder: Path) -> None:
         finally:
             lease.let_go()
         left = [path for path in paths if not _is_lease(path)]
-        if owner is Owner.ENDED:
+        if owner is HolderState.ENDED:
             ended += left
-        elif owner is Owner.UNKNOWN:
+        elif owner is HolderState.UNKNOWN:
             unknown += left
     if ended:
         tell(
@@ -213,10 +213,10 @@ class _Settling:
         """
         owner = lease.owner()
         stack.callback(lease.let_go)
-        if owner is Owner.RUNS:
+        if owner is HolderState.RUNS:
             raise _OthersError
         with contextlib.suppress(ValueError, OSError):
-            return lease.read() if owner is Owner.ENDED else None
+            return lease.read() if owner is HolderState.ENDED else None
         return None
 
     def _say_unknown(self) -> None:
@@ -241,7 +241,7 @@ class _Settling:
             if not all(is_settled(entry, is_marked) for entry in rest):
                 self._say_unknown()
                 return
-            if entries and not settle(entries, is_marked, self.calm):
+            if entries and not settle_set(entries, is_marked, self.calm):
                 return
             left = [path for folder in folders for path in self._names(folder)]
             if any(path.name.endswith(RETIRED) for path in left):  # no lease lists them
@@ -256,13 +256,15 @@ class _Settling:
     def _other(self, folder: Path, leases: list[Lease], stack: contextlib.ExitStack) -> Lease | None:
         """Return the lease of a further folder of the set, held, if there is one that points to the set's."""
         for lease in leases[:-1]:
-            if is_same(lease.folder, folder):
+            if is_one_folder(lease.folder, folder):
                 return lease
         lease = Lease(folder, self.identity)
         if not lease.exists:
             return None
         record = self._read(lease, stack)
-        points = record is not None and record.first is not None and is_same(record.first, leases[-1].folder)
+        points = (
+            record is not None and record.first is not None and is_one_folder(record.first, leases[-1].folder)
+        )
         return lease if points else None
 
     def _names(self, folder: Path) -> list[Path]:
@@ -280,11 +282,11 @@ class _Settling:
 
 def _covers(record: Record, folder: Path) -> bool:
     """Return whether a lease is a set's own, and says that it lies in a folder too."""
-    return record.first is None and any(is_same(one, folder) for one in record.folders)
+    return record.first is None and any(is_one_folder(one, folder) for one in record.folders)
 
 
 def _lies_in(path: Path, folders: Sequence[Path]) -> bool:
-    return any(is_same(path.parent, folder) for folder in folders)
+    return any(is_one_folder(path.parent, folder) for folder in folders)
 
 
 def _found(folder: Path) -> _Sets:

@@ -14,7 +14,7 @@ from lora_export.untrusted.places import is_there
 _SHOWN = 3
 
 
-def settle(entries: Sequence[Entry], is_marked: bool, calm: Uninterrupted) -> bool:
+def settle_set(entries: Sequence[Entry], is_marked: bool, calm: Uninterrupted) -> bool:
     """Settle a set; the locks of its folders and its lease are held.
 
     It is finished only if the mark and every new file exist, and taken back if every old file exists. A file

@@ -76,7 +76,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Probe:
+class SizedValues:
     """Computation of a graph's values for given sizes.
 
     Attributes:
@@ -150,7 +150,7 @@ class Probe:
 class _Part:
     """Nodes that compute a value, and the values that they read."""
 
-    probe: Probe
+    probe: SizedValues
     nodes: list[ir.Node] = field(default_factory=list)
     known: dict[str, NDArray[np.generic]] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
@@ -227,7 +227,7 @@ class _Part:
 
 
 def rows_of_index(
-    flow: Flow, index: ir.Value, number: Callable[[Probe, Numbers], Numbers | None]
+    flow: Flow, index: ir.Value, number: Callable[[SizedValues, Numbers], Numbers | None]
 ) -> Rows | None:
     """Return the position of the rows whose numbers an index has in their order: 0, 1, 2, ….
 
@@ -270,7 +270,7 @@ def rows_reshaped(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
     is_outside = True
     for probe in _probes(flow):
         try:
-            before, after = shape_of(probe, source), shape_of(probe, target)
+            before, after = computed_shape(probe, source), computed_shape(probe, target)
         except _UnknownError:
             return None
         is_outside = is_outside and math.prod(before[: rows.axis]) == 1
@@ -301,10 +301,10 @@ def _cuts_rows(flow: Flow, node: ir.Node, axis: int) -> bool:
     if isinstance(flow.batch, int) or source is None or target is None:
         return False
     for other in _LENGTHS:
-        probes = [Probe(flow, batch, other, 0) for batch, _ in _PROBES]
+        probes = [SizedValues(flow, batch, other, 0) for batch, _ in _PROBES]
         try:
             sizes, *more = [[int(size) for size in probe.compute(target).reshape(-1)] for probe in probes]
-            before = shape_of(probes[0], source)
+            before = computed_shape(probes[0], source)
         except _UnknownError:
             return False
         if sizes.count(-1) != 1 or any(sizes != others for others in more) or 0 in sizes[axis : axis + 1]:
@@ -331,7 +331,7 @@ def same_size(flow: Flow, one: ir.Value, two: ir.Value, axis: int) -> bool:
     """Return True if two values are known to have one size along an axis; the first depends only on sizes."""
     try:
         return all(
-            probe.compute(one).shape[axis : axis + 1] == shape_of(probe, two)[axis : axis + 1]
+            probe.compute(one).shape[axis : axis + 1] == computed_shape(probe, two)[axis : axis + 1]
             for probe in _probes(flow)
         )
     except _UnknownError:
@@ -344,13 +344,15 @@ def keeps_size(flow: Flow, given: ir.Value, place: int, data: ir.Value, axis: in
     for probe in _probes(flow):
         try:
             numbers = probe.compute(given).reshape(-1)
-            kept.append(numbers[place] == (1 if numbers.dtype.kind == "f" else shape_of(probe, data)[axis]))
+            kept.append(
+                numbers[place] == (1 if numbers.dtype.kind == "f" else computed_shape(probe, data)[axis])
+            )
         except (_UnknownError, IndexError):
             return None
     return all(kept)
 
 
-def computed(flow: Flow, value: ir.Value) -> list[int] | None:
+def computed_vector(flow: Flow, value: ir.Value) -> list[int] | None:
     """Return the numbers of a vector that depends on no size and on no input; None for other vectors."""
     found: set[tuple[int, ...]] = set()
     for probe in _probes(flow):
@@ -362,7 +364,7 @@ def computed(flow: Flow, value: ir.Value) -> list[int] | None:
     return list(found.pop()) if len(found) == 1 else None
 
 
-def shape_of(probe: Probe, value: ir.Value, depth: int = 0) -> tuple[int, ...]:
+def computed_shape(probe: SizedValues, value: ir.Value, depth: int = 0) -> tuple[int, ...]:
     """Return a value's shape; if it was flattened or reshaped, as its node computes it.
 
     Raises:
@@ -372,7 +374,7 @@ def shape_of(probe: Probe, value: ir.Value, depth: int = 0) -> tuple[int, ...]:
     if node is not None and node.op_type in ("Flatten", "Reshape") and node.inputs[0] is not None:
         if depth > _MAX_CHAIN:
             raise _UnknownError
-        before = shape_of(probe, node.inputs[0], depth + 1)
+        before = computed_shape(probe, node.inputs[0], depth + 1)
         if node.op_type == "Flatten":
             axis = node.attributes.get_int("axis", 1)
             return math.prod(before[:axis]), math.prod(before[axis:])
@@ -408,8 +410,8 @@ def _sizes(flow: Flow) -> list[tuple[int, int]]:
     return [(flow.batch if isinstance(flow.batch, int) else batch, other) for batch, other in _PROBES]
 
 
-def _probes(flow: Flow, fills: tuple[Fill, ...] = _FILLS) -> list[Probe]:
-    return [Probe(flow, batch, other, fill) for batch, other in _sizes(flow) for fill in fills]
+def _probes(flow: Flow, fills: tuple[Fill, ...] = _FILLS) -> list[SizedValues]:
+    return [SizedValues(flow, batch, other, fill) for batch, other in _sizes(flow) for fill in fills]
 
 
 def _counted(numbers: Numbers, batch: int) -> Rows:

@@ -18,12 +18,12 @@ import onnx_ir as ir
 
 from lora_export.modes.branches.batch.index import (
     Numbers,
-    Probe,
-    computed,
+    SizedValues,
+    computed_shape,
+    computed_vector,
     keeps_size,
     rows_of_index,
     same_size,
-    shape_of,
 )
 from lora_export.modes.branches.batch.rows import SAME, Flow, Rows, from_front, moved_by
 from lora_export.modes.branches.batch.sizes import BATCH, numbers_of, sizes_of
@@ -130,8 +130,8 @@ def _by_index(
     if not data.outermost:
         return moved_by(node)
 
-    def numbers(probe: Probe, values: Numbers) -> Numbers | None:
-        values, size = part(values), shape_of(probe, source)[assumed]
+    def numbers(probe: SizedValues, values: Numbers) -> Numbers | None:
+        values, size = part(values), computed_shape(probe, source)[assumed]
         if values.size and not (values.min() >= 0 and values.max() < size):
             return None
         return values // (size // probe.batch)
@@ -159,7 +159,7 @@ def _components(flow: Flow, index: ir.Value | None) -> int | None:
     return len(node.inputs) if node is not None and node.op_type == "Concat" else None
 
 
-def _component(number: int) -> Callable[[Probe, Numbers], Numbers]:
+def _component(number: int) -> Callable[[SizedValues, Numbers], Numbers]:
     return lambda _, numbers: numbers[..., number]
 
 
@@ -234,7 +234,7 @@ def padded(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
         axes = numbers_of(node.inputs[3])
     if pads is None or None in pads:
         # Exporters reverse the order of torch's pads with operators.
-        pads = list(computed(flow, _value(node.inputs[1])) or ()) or None
+        pads = list(computed_vector(flow, _value(node.inputs[1])) or ()) or None
     if pads is None or axes is None or len(pads) != 2 * len(axes):
         return None
     places = [from_front(flow, axis, node.inputs[0]) for axis in axes]

@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from lora_export.adapter import Array
-from lora_export.modes.quantising.codes import Codes, Method, pack
+from lora_export.modes.quantising.codes import BlockCodes, Method, pack
 from lora_export.modes.quantising.quantisers import nbits_module
 
 
-def _quantise(matrix: Array, bits: int, block: int, symmetric: bool) -> Codes:
+def _quantise(matrix: Array, bits: int, block: int, symmetric: bool) -> BlockCodes:
     import torch
 
     tool = nbits_module()
@@ -25,7 +25,7 @@ def _quantise(matrix: Array, bits: int, block: int, symmetric: bool) -> Codes:
         )
     count, blocks = scales.shape
     packed = pack(codes.numpy().astype(np.uint8).reshape(count, -1), bits).reshape(count, blocks, -1)
-    return Codes(packed, scales.numpy(), zeros.numpy())
+    return BlockCodes(packed, scales.numpy(), zeros.numpy())
 
 
 HQQ = Method(quantise=_quantise, symmetric=(False,), float_zeros=True, packages=("torch",))

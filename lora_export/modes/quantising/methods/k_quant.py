@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 
 from lora_export.adapter import Array
-from lora_export.modes.quantising.codes import Codes, Method, pack, padded_rows
+from lora_export.modes.quantising.codes import BlockCodes, Method, pack, padded_rows
 from lora_export.modes.quantising.quantisers import nbits_module
 
 
-def _quantise(matrix: Array, bits: int, block: int, symmetric: bool) -> Codes:
+def _quantise(matrix: Array, bits: int, block: int, symmetric: bool) -> BlockCodes:
     nbits_module()
     from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
 
@@ -22,7 +22,7 @@ def _quantise(matrix: Array, bits: int, block: int, symmetric: bool) -> Codes:
         codes, scales, zeros = quant_tensor_k_quant_cpu(rows, bits, block)
     packed = pack(codes.astype(np.uint8).reshape(count, -1), bits).reshape(count, blocks, -1)
     points = pack(zeros.astype(np.uint8).reshape(count, blocks), bits)
-    return Codes(packed, scales.reshape(count, blocks).astype(matrix.dtype), points)
+    return BlockCodes(packed, scales.reshape(count, blocks).astype(matrix.dtype), points)
 
 
 K_QUANT = Method(quantise=_quantise, symmetric=(False,))

@@ -9,17 +9,17 @@ from typing import Any
 from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.heads import head_classes
-from lora_export.base.checkpoint.names import Names, Part
+from lora_export.base.checkpoint.names import Names, StoredPart
 from lora_export.base.checkpoint.quantised import Quantised
-from lora_export.base.checkpoint.vocabulary import head_hint, is_head
-from lora_export.base.placing.changes import NoPlace
-from lora_export.base.placing.ledger import Ledger
+from lora_export.base.checkpoint.vocabulary import head_hint, is_task_head
+from lora_export.base.planning.checkpoint_plan import NoSite
+from lora_export.base.planning.ledger import Ledger
 from lora_export.base.ties.tied_layers import may_tie_layers
 from lora_export.base.ties.ties import Ties, find_ties, may_be_tied
 from lora_export.plan import Refusal
-from lora_export.sites.experts import Held
+from lora_export.sites.experts import ExpertLayout
 from lora_export.sites.naming.names import Named
-from lora_export.sites.naming.renaming import NOT_FOUND, Problem, Renaming
+from lora_export.sites.naming.renaming import NOT_FOUND, NamingProblem, Renaming
 
 
 def named_of(adapter: Adapter) -> list[Named]:
@@ -63,7 +63,7 @@ class Lookup:
         self._numbers = {one: number for number, one in enumerate(named)}
         return self._renaming
 
-    def held(self, parameter: str) -> Held | None:
+    def held(self, parameter: str) -> ExpertLayout | None:
         """Return the layout of a parameter in the model's own module; see `Names.held`."""
         return self._names.held(parameter)
 
@@ -84,13 +84,13 @@ class Lookup:
         """Return whether a name may be one of a tie, so that `ties` must be asked."""
         return may_be_tied(name) or self._layers_may_be_tied
 
-    def _find(self, named: Named) -> tuple[Part, ...] | Problem:
+    def _find(self, named: Named) -> tuple[StoredPart, ...] | NamingProblem:
         """Return the tensors that hold an adapter's parameter, or the reason why they are unknown."""
         number = self._numbers[named]
         name, problem = self._renaming.names[number], self._renaming.problems.get(number)
         return (self._names.parts(name) if name and not problem else ()) or problem or NOT_FOUND
 
-    def parts(self, named: Named, whole: tuple[int, ...] = ()) -> tuple[Part, ...]:
+    def parts(self, named: Named, whole: tuple[int, ...] = ()) -> tuple[StoredPart, ...]:
         """Return the tensors that hold a parameter, or will.
 
         Args:
@@ -101,41 +101,39 @@ class Lookup:
             NoPlace: The base lacks it, has several, or can't be merged into there.
         """
         parts = self._find(named)
-        if not isinstance(parts, Problem):
+        if not isinstance(parts, NamingProblem):
             self._check(parts)
             return parts
         number = self._numbers[named]
         parameter = self._renaming.names[number] or named.key
         if packed := self._quantised.packed_at(parameter):
-            raise NoPlace(packed)
+            raise NoSite(packed)
         if parts.kind == "ambiguous":
-            raise NoPlace(Refusal("ambiguous", str(parts)))
+            raise NoSite(Refusal("ambiguous", str(parts)))
         flattened = self._is_flattened and self._renaming.names[number] is None
         tied = self.ties.absent(parameter, flattened) if self.may_be_tied(parameter) else None
         if tied is None:
             self.absent.append(named.key)
-            raise NoPlace(
-                Refusal("not found", str(parts), self._head_hint(named.key, whole) if whole else "")
-            )
+            raise NoSite(Refusal("not found", str(parts), self._head_hint(named.key, whole) if whole else ""))
         tie, name = tied
         if name not in self._checkpoint.tensors:
             self._ledger.sources[name] = tie.source
-        part = Part(tensor=name, reason=f"tied to {tie.source}")
-        self._check([Part(tensor=tie.source)])
+        part = StoredPart(tensor=name, reason=f"tied to {tie.source}")
+        self._check([StoredPart(tensor=tie.source)])
         return (part,)
 
-    def _check(self, parts: Sequence[Part]) -> None:
+    def _check(self, parts: Sequence[StoredPart]) -> None:
         """Refuse tensors that can't be merged into."""
         for part in parts:
             if refusal := self._quantised.refusal(part.tensor):
-                raise NoPlace(refusal)
+                raise NoSite(refusal)
 
     def single(self, named: Named, whole: tuple[int, ...] = ()) -> tuple[str, str]:
         """Return the one tensor that is a parameter, and the evidence for it; see `parts`."""
         parts = self.parts(named, whole)
         (first, *more) = parts
         if more or first.piece != (0, 1) or first.expert is not None or first.transposed:
-            raise NoPlace(
+            raise NoSite(
                 Refusal(
                     "operator",
                     f"the base stores it as {len(parts)} tensors: replacing it whole is not possible",
@@ -144,7 +142,7 @@ class Lookup:
         return parts[0].tensor, parts[0].reason
 
     def _head_hint(self, path: str, shape: tuple[int, ...]) -> str:
-        if not is_head(path):
+        if not is_task_head(path):
             return ""
         classes = head_classes(self._checkpoint, path, shape, self._trained)
         return head_hint(path, shape, classes, of_graph=False)

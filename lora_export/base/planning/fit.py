@@ -7,11 +7,11 @@ from typing import Any
 
 from lora_export.adapter import LoraModule
 from lora_export.base.checkpoint.families import is_conv1d
-from lora_export.base.checkpoint.names import Part
+from lora_export.base.checkpoint.names import StoredPart
 from lora_export.base.checkpoint.vocabulary import rows_hint
-from lora_export.base.placing.changes import NoPlace
+from lora_export.base.planning.checkpoint_plan import NoSite
 from lora_export.plan import Refusal
-from lora_export.sites.experts import Held, fit_matrix, fit_parameter, is_turned, unsettled
+from lora_export.sites.experts import ExpertLayout, fit_matrix, fit_parameter, is_turned, unsettled
 from lora_export.storage.patch import Placement
 from lora_export.storage.safetensors import StoredTensor
 
@@ -21,7 +21,7 @@ Fitted = tuple[list[Placement], str]
 
 def fit_weight(
     module: LoraModule,
-    part: Part,
+    part: StoredPart,
     span: tuple[int, int],
     tensor: StoredTensor,
     *,
@@ -52,7 +52,7 @@ def fit_weight(
     if not same and not turned:
         parameter = f"{module.path}.{module.parameter}"
         as_name = "" if tensor.name.endswith(parameter) else f" ({tensor.name})"
-        raise NoPlace(
+        raise NoSite(
             Refusal(
                 "shape",
                 f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}",
@@ -61,14 +61,18 @@ def fit_weight(
         )
     transposed = turned and (not same or is_conv1d(config, tensor.name.rpartition(".")[0], fan_in_fan_out))
     if part.transposed:
-        raise NoPlace(
+        raise NoSite(
             Refusal("operator", f"{tensor.name} holds the transpose of it, by transformers' conversion")
         )
     return [Placement(rows=span, row=0, col=0, transposed=transposed)], "transposed" if transposed else ""
 
 
 def fit_own_matrix(
-    module: LoraModule, part: Part, span: tuple[int, int], tensor: StoredTensor, held: Held | None
+    module: LoraModule,
+    part: StoredPart,
+    span: tuple[int, int],
+    tensor: StoredTensor,
+    held: ExpertLayout | None,
 ) -> Fitted:
     """Return the placements of a module's own parameter, or of some experts of one, in a stored tensor.
 
@@ -86,7 +90,7 @@ def fit_own_matrix(
         NoPlace: The shapes don't fit, or several orientations do.
     """
     if refusal := unsettled(module, held):
-        raise NoPlace(refusal)
+        raise NoSite(refusal)
     experts = module.experts
     if part.expert is not None:
         placed = fit_matrix((span[1] - span[0], module.weight_shape[1]), tensor.shape, part.transposed)
@@ -94,7 +98,7 @@ def fit_own_matrix(
         turned = part.transposed or (held is not None and is_turned(tensor.shape, held.shape))
         placed = fit_parameter(module, tensor.shape, turned)
     if isinstance(placed, Refusal):
-        raise NoPlace(placed)
+        raise NoSite(placed)
     layout = "transposed" if placed else ""
     if part.expert is not None or experts == 1:
         return [Placement(rows=span, row=0, col=0, transposed=placed, expert=part.expert or 0)], layout

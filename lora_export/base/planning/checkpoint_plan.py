@@ -13,8 +13,8 @@ from lora_export.base.ties.tied_changes import MakePatch
 from lora_export.plan import Plan, Refusal
 
 
-class NoPlace(Exception):
-    """Exception for a parameter without a site; it is caught in `places` and written into the plan.
+class NoSite(Exception):
+    """Exception for a parameter without a site; it is caught in `find_sites` and written into the plan.
 
     Attributes:
         refusal: Reason, with a hint on the base if one helps.
@@ -26,7 +26,7 @@ class NoPlace(Exception):
 
 
 @dataclass(frozen=True)
-class Added:
+class AddedTensor:
     """Tensor that the output has and the base lacks: a head that was tied.
 
     Attributes:
@@ -39,7 +39,7 @@ class Added:
 
 
 @dataclass(kw_only=True)
-class Placed:
+class CheckpointPlan:
     """Plan for a checkpoint.
 
     Attributes:
@@ -60,7 +60,7 @@ class Placed:
     plan: Plan = field(default_factory=Plan)
     changes: dict[str, list[MakePatch]] = field(default_factory=dict)
     stacked: set[str] = field(default_factory=set)
-    added: list[Added] = field(default_factory=list)
+    added: list[AddedTensor] = field(default_factory=list)
     untied: bool = False
     absent: list[str] = field(default_factory=list)
     resized: dict[str, tuple[int, ...]] = field(default_factory=dict)

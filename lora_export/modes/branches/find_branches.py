@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_export.adapter import EVERYWHERE, Adapter
-from lora_export.base.placing.hints import Situation, Verb, hints_of
-from lora_export.base.placing.plan_rows import placed_row, refuse_misses, refuse_unaccounted, refused_row
+from lora_export.base.planning.hints import Situation, Verb, hints_of
+from lora_export.base.planning.plan_rows import placed_row, refuse_misses, refuse_unaccounted, refused_row
 from lora_export.base.ties.copies import is_same
 from lora_export.errors import GraphError, SiteError
 from lora_export.formats.reading.saved import with_bias
@@ -32,7 +32,7 @@ _REPLACED = "the adapter replaces this whole parameter, which has no low-rank br
 _WITH_WEIGHT = Refusal("merge only", "it goes with its module's weight, which has no place")
 
 
-def place_branches(
+def find_branches(
     graph: GraphFile,
     resolver: Resolver,
     adapter: Adapter | None,
@@ -69,7 +69,7 @@ def place_branches(
     sites, misses = restore_biases(sites, misses, resolver.weight_of)
     found, sites = sites, [site for site in sites if not _unsuited(site.target, dora)]
     misses += _unsuited_of([*targets, *(site.target for site in found if site not in sites)], dora)
-    unchanged = [site for site in sites if site.target.action == "replace" and holds(site)]
+    unchanged = [site for site in sites if site.target.action == "replace" and holds_already(site)]
     biases = [site for site in sites if site.target.kind == "vector" and site not in unchanged]
     weights = [site for site in sites if site not in unchanged and site not in biases]
     placed, branches, without = _branches_of(weights, calls, dora)
@@ -185,7 +185,7 @@ def _unsuited(target: Target, dora: bool) -> Refusal | None:
     return None
 
 
-def holds(site: Site) -> bool:
+def holds_already(site: Site) -> bool:
     """Return True if the graph holds a replacement's values already: PEFT saves untrained embeddings too."""
     target = site.target
     assert target.values is not None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.ties.tied_changes import Change, MakePatch
+from lora_export.base.ties.tied_changes import MakePatch, TensorChange
 from lora_export.formats.reading.whole_copies import Reach
 from lora_export.plan import PlanRow, Refusal
 from lora_export.storage.safetensors import StoredTensor
@@ -28,7 +28,7 @@ class Ledger:
 
     checkpoint: Checkpoint
     rows: list[PlanRow] = field(default_factory=list)
-    changes: dict[str, list[Change]] = field(default_factory=dict)
+    changes: dict[str, list[TensorChange]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
     hints: list[str] = field(default_factory=list)
@@ -41,8 +41,8 @@ class Ledger:
         self._is_tied = bool(adapter.config.get("ensure_weight_tying"))
 
     def add(self, name: str, make: MakePatch, reach: Reach = "one", is_copy: bool = False) -> None:
-        """Add a change that belongs to the plan's next row; see `Change` for the arguments."""
-        change = Change(
+        """Add a change that belongs to the plan's next row; see `TensorChange` for the arguments."""
+        change = TensorChange(
             make=make,
             row=len(self.rows),
             adapter=self._adapter,

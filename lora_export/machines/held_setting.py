@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 
-class Held:
+class HeldSetting:
     """Change a setting for the first holder, and restore it when the last holder leaves.
 
     If each of two overlapping holders restored what it had found, the first one's change would remain.

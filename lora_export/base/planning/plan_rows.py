@@ -11,14 +11,14 @@ import onnx_ir as ir
 
 from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.vocabulary import head_hint
-from lora_export.base.placing.hints import BY_VALUE, LOST, Situation, Verb, hints_of
+from lora_export.base.planning.hints import BY_VALUE, LOST, Situation, Verb, hints_of
 from lora_export.base.ties.ties import may_be_tied
 from lora_export.errors import SiteError
 from lora_export.formats.reading.scope import SHARED, how_to_part
 from lora_export.graph.onnx_file import GraphFile, shape_of
 from lora_export.plan import Plan, PlanRow, refuse, unaccounted
 from lora_export.sites.doubts.changed import is_transposed_constant
-from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.doubts.readers import module_by_name
 from lora_export.sites.naming.likeness import counterparts
 from lora_export.sites.operand import Use
 from lora_export.sites.target import Miss, Site
@@ -272,7 +272,7 @@ def _matrices(uses: Sequence[Use]) -> dict[str, tuple[int, ...]]:
     for use in uses:
         if use.operand.kind in ("linear", "conv", "embedding") and use.root.const_value is not None:
             shape = use.operand.shape or shape_of(use.root.const_value)
-            found[module_of(use.node) or str(use.root.name)] = shape
+            found[module_by_name(use.node) or str(use.root.name)] = shape
     return found
 
 

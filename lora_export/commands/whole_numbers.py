@@ -17,7 +17,7 @@ class Whole(click.types.IntParamType):
         return _not_too_large(self, super().convert(value, parameter, context), parameter, context)
 
 
-class AtLeast(click.IntRange):
+class WholeNumber(click.IntRange):
     """A whole number with a lower bound that our records hold."""
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:

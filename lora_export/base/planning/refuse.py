@@ -11,9 +11,9 @@ from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.quantised import HINT, find_quantised
 from lora_export.base.history.history import MANIFEST
 from lora_export.base.history.merged import refuse_contained, refuse_merged
-from lora_export.base.placing.changes import Placed
-from lora_export.base.placing.hints import Situation, hints_of
-from lora_export.base.placing.places import place_adapters
+from lora_export.base.planning.checkpoint_plan import CheckpointPlan
+from lora_export.base.planning.find_sites import plan_checkpoint
+from lora_export.base.planning.hints import Situation, hints_of
 from lora_export.base.ties.copies import refuse_overwriting
 from lora_export.errors import AdapterError, SiteError
 from lora_export.plan import Plan, refuse
@@ -45,28 +45,28 @@ def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool
     refuse_merged(checkpoint.folder, adapters)
     for adapter in adapters:
         shared = len(adapters) > 1
-        placed = place_adapters(checkpoint, [adapter], [1.0], find_quantised(checkpoint), shared=shared)
-        refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, [adapter])
+        planned = plan_checkpoint(checkpoint, [adapter], [1.0], find_quantised(checkpoint), shared=shared)
+        refuse_overwriting(planned.copied, checkpoint.folder / MANIFEST, [adapter])
         changed = {f"{module.path}.{module.parameter}" for module in adapter.modules.values()}
         # A graph of the folder lacks the same parameters, and has the others in the same sizes.
-        sized = {row.parameter for row in placed.plan.rows if row.kind == "shape"}
-        unfit = changed & {*placed.absent, *sized}
-        rows = [row for row in placed.plan.rows if row.parameter in unfit or row.action != "refused"]
+        sized = {row.parameter for row in planned.plan.rows if row.kind == "shape"}
+        unfit = changed & {*planned.absent, *sized}
+        rows = [row for row in planned.plan.rows if row.parameter in unfit or row.action != "refused"]
         if unfit:
-            found = replace(placed, plan=Plan(tuple(rows)))
-            refuse_unplaced(checkpoint, [adapter], found, allow_unmatched)
+            found = replace(planned, plan=Plan(tuple(rows)))
+            refuse_without_site(checkpoint, [adapter], found, allow_unmatched)
 
 
-def refuse_unplaced(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter], placed: Placed, allow_unmatched: bool
+def refuse_without_site(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], planned: CheckpointPlan, allow_unmatched: bool
 ) -> None:
     """Raise the error for a plan's refused rows: another model's adapter, a quantised base, or a list."""
-    refused, rows = placed.plan.refused, placed.plan.rows
+    refused, rows = planned.plan.refused, planned.plan.rows
     names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
     if not rows:
         raise AdapterError(f"adapter {names} changes nothing", "check that the right file was given")
-    hints = list(dict.fromkeys(placed.hints))
-    if len(refused) == len(rows) and len(set(placed.absent)) >= len({row.parameter for row in rows}):
+    hints = list(dict.fromkeys(planned.hints))
+    if len(refused) == len(rows) and len(set(planned.absent)) >= len({row.parameter for row in rows}):
         raise _foreign(checkpoint, adapters, hints, len(rows))
     if not refused or (allow_unmatched and len(refused) < len(rows)):
         return
@@ -121,7 +121,7 @@ def _foreign(
         what = "is for another architecture than"
         hint = _trained_on(checkpoint, adapters)
     return AdapterError(
-        f"adapter {names} {what} {checkpoint.folder}: none of its {total} parameters is placed", hint, seen
+        f"adapter {names} {what} {checkpoint.folder}: none of its {total} parameters is planned", hint, seen
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lora_export.adapter import Adapter
-from lora_export.base.placing.lookup import named_of
+from lora_export.base.planning.lookup import named_of
 from lora_export.errors import SiteError
 from lora_export.formats.reading.wrappers import strip_wrappers
 from lora_export.formats.schemes import fitted

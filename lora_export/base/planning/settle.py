@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from lora_export.base.checkpoint.quantised import Quantised
 from lora_export.base.checkpoint.vocabulary import resize_hint, why_not_resized
-from lora_export.base.placing.ledger import Ledger
+from lora_export.base.planning.ledger import Ledger
 from lora_export.base.ties.tied_changes import alike, replaces, spread
 from lora_export.base.ties.ties import BESIDE, FLAG, TOGETHER, Tie, Ties
 from lora_export.plan import Refusal

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.names import Names, Part
+from lora_export.base.checkpoint.names import Names, StoredPart
 from lora_export.errors import LoraExportError
 from lora_export.plan import Refusal
 from lora_export.sites.naming.known_names import KnownNames
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 TRAINED_ON = "give the base that the adapter was trained on"
 
 
-class NoPlace(Exception):
+class NoParameter(Exception):
     """A part of an adapter can't be applied to the model; the message says why. Caught in `hooks.bind`.
 
     Args:
@@ -43,7 +43,7 @@ class NoPlace(Exception):
 
 
 @dataclass(frozen=True)
-class Owner:
+class OwnedTensor:
     """A parameter or a buffer, by the module that holds it; hashable, to be the key of its former values.
 
     Attributes:
@@ -71,7 +71,7 @@ class Owner:
             self.module._parameters[self.name] = torch.nn.Parameter(values, requires_grad=False)
 
 
-class Places:
+class ModelParameters:
     """Find parameters and buffers of a model by an adapter's paths.
 
     Args:
@@ -92,7 +92,7 @@ class Places:
         """Names of the model's parameters and buffers."""
         return self._known
 
-    def finder(self, adapter: Adapter) -> Finder:
+    def finder(self, adapter: Adapter) -> ParameterFinder:
         """Return a finder for one adapter's parameters; one renaming holds for all of them.
 
         If the model's own names don't fit, the names under which the checkpoint stores its parameters may
@@ -110,21 +110,21 @@ class Places:
             older = rename(
                 named, KnownNames(self._by_stored), flattened=adapter.flattened, scope=adapter.scope
             )
-        return Finder(self, named, found, older)
+        return ParameterFinder(self, named, found, older)
 
-    def stored(self, parameter: str) -> list[tuple[str, Part]]:
+    def stored(self, parameter: str) -> list[tuple[str, StoredPart]]:
         """Return the model's names of a tensor that the checkpoint stores under an older name."""
         return self._by_stored.get(parameter, [])
 
     @cached_property
-    def _by_stored(self) -> dict[str, list[tuple[str, Part]]]:
+    def _by_stored(self) -> dict[str, list[tuple[str, StoredPart]]]:
         if self._folder is None:
             return {}
         try:
             table = Names(Checkpoint.open(self._folder))
         except LoraExportError:  # not safetensors: transformers loaded it, but we can't list it
             return {}
-        found: dict[str, list[tuple[str, Part]]] = {}
+        found: dict[str, list[tuple[str, StoredPart]]] = {}
         for name in sorted(self._known):
             parts = table.find(name)
             for part in parts:
@@ -134,27 +134,29 @@ class Places:
         return found
 
 
-class Finder:
-    """Find one adapter's parameters; made by `Places.finder`."""
+class ParameterFinder:
+    """Find one adapter's parameters; made by `ModelParameters.finder`."""
 
-    def __init__(self, places: Places, named: Sequence[Named], own: Renaming, older: Renaming) -> None:
-        self._places, self._own, self._older = places, own, older
+    def __init__(
+        self, parameters: ModelParameters, named: Sequence[Named], own: Renaming, older: Renaming
+    ) -> None:
+        self._parameters, self._own, self._older = parameters, own, older
         self._numbers = {one: number for number, one in enumerate(named)}
 
     def find(
         self, parameter: str, action: str = "merge", component: str | None = None
-    ) -> tuple[str, Part | None] | Refusal:
+    ) -> tuple[str, StoredPart | None] | Refusal:
         """Return the model's name of a parameter, or the reason why there is none.
 
-        With the name comes a `Part` if the path means only one expert, or some rows, of that parameter.
+        With the name comes a `StoredPart` if the path means only one expert, or some rows, of that parameter.
         """
         number = self._numbers[Named(parameter, action, component)]
         problem = self._own.problems.get(number)
         name = self._own.names[number]
-        if name is not None and not problem and name in self._places.known:
+        if name is not None and not problem and name in self._parameters.known:
             return name, None
         older = self._older.names[number]
-        stored = self._places.stored(older) if older and number not in self._older.problems else []
+        stored = self._parameters.stored(older) if older and number not in self._older.problems else []
         if len(stored) == 1:
             name, part = stored[0]
             whole = part.expert is None and part.piece == (0, 1)

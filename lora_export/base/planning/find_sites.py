@@ -25,21 +25,21 @@ import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule, TokenRows
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.names import Part
+from lora_export.base.checkpoint.names import StoredPart
 from lora_export.base.checkpoint.quantised import Quantised, quantised_notes
 from lora_export.base.checkpoint.vocabulary import grows, resize_hint, rows_hint
 from lora_export.base.history.history import MANIFEST
-from lora_export.base.placing.changes import Added, NoPlace, Placed, view_of
-from lora_export.base.placing.fit import Fitted, fit_own_matrix, fit_weight
-from lora_export.base.placing.ledger import Ledger
-from lora_export.base.placing.lookup import Lookup
-from lora_export.base.placing.settle import settle
+from lora_export.base.planning.checkpoint_plan import AddedTensor, CheckpointPlan, NoSite, view_of
+from lora_export.base.planning.fit import Fitted, fit_own_matrix, fit_weight
+from lora_export.base.planning.ledger import Ledger
+from lora_export.base.planning.lookup import Lookup
+from lora_export.base.planning.settle import settle
 from lora_export.base.ties.copies import UNCHANGED, Copied, are_judged, is_same, spread_copies, untrained_note
 from lora_export.formats.reading.scope import SHARED
-from lora_export.formats.reading.whole_copies import Reach, reach_of
+from lora_export.formats.reading.whole_copies import Reach, copy_reach
 from lora_export.formats.schemes import fitted
 from lora_export.plan import Plan, PlanRow, Refusal, unaccounted
-from lora_export.sites.experts import settle as settle_layout
+from lora_export.sites.experts import settle_layout
 from lora_export.sites.grouped import grouped_dora
 from lora_export.sites.kinds import settle_kinds, unsettled_kind
 from lora_export.sites.naming.names import Named
@@ -56,26 +56,26 @@ class _Settled:
     """Result for one parameter.
 
     Attributes:
-        places: Names of the stored tensors.
+        tensors: Names of the stored tensors.
         layout: Layout of the canonical weight in them.
         reason: Evidence for the site.
         is_unchanged: True if the base holds the same values already.
     """
 
-    places: list[str]
+    tensors: list[str]
     layout: str = ""
     reason: str = ""
     is_unchanged: bool = False
 
 
-def place_adapters(
+def plan_checkpoint(
     checkpoint: Checkpoint,
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     quantised: Quantised,
     resize: bool | None = None,
     shared: bool | None = None,
-) -> Placed:
+) -> CheckpointPlan:
     """Find the sites of adapters in a checkpoint; parameters without one are ``refused`` in the plan.
 
     Args:
@@ -88,33 +88,33 @@ def place_adapters(
     """
     shared = len(adapters) > 1 if shared is None else shared
     judged = are_judged(weights, checkpoint.folder / MANIFEST)
-    placer, notes = _Placer(checkpoint, quantised, resize, judged), list[str]()
+    planner, notes = _Planner(checkpoint, quantised, resize, judged), list[str]()
     for given, weight in zip(adapters, weights, strict=True):
-        adapter = placer.settled(fitted(given, checkpoint.tensors, notes))
-        start = len(placer.rows)
-        placer.begin(adapter, weight, shared)
+        adapter = planner.settled(fitted(given, checkpoint.tensors, notes))
+        start = len(planner.rows)
+        planner.begin(adapter, weight, shared)
         for path, values in adapter.extras.items():
             names: tuple[str, ...] = (adapter.extra_tensors.get(path, path),)
-            act = partial(placer.replaced, path, values, adapter)
-            placer.place(adapter, path, tensors=names, action="replace", act=act)
+            act = partial(planner.replaced, path, values, adapter)
+            planner.add(adapter, path, tensors=names, action="replace", act=act)
         for path, rows in adapter.token_rows.items():
-            act = partial(placer.rows_replaced, path, rows, adapter)
-            placer.place(adapter, path, tensors=(rows.tensor_name,), action="replace", act=act)
+            act = partial(planner.rows_replaced, path, rows, adapter)
+            planner.add(adapter, path, tensors=(rows.tensor_name,), action="replace", act=act)
         for module in adapter.modules.values():
             path = f"{module.path}.{module.parameter}"
-            act = partial(placer.merged, module, adapter, weight)
-            placer.place(adapter, path, tensors=module.weight_tensors, action="merge", act=act)
+            act = partial(planner.merged, module, adapter, weight)
+            planner.add(adapter, path, tensors=module.weight_tensors, action="merge", act=act)
             if module.lora_bias is not None:
-                act = partial(placer.bias_added, module, adapter, weight)
+                act = partial(planner.bias_added, module, adapter, weight)
                 bias = f"{module.path}.bias"
-                placer.place(adapter, bias, tensors=module.bias_tensors, action="add to bias", act=act)
-        lost = unaccounted(adapter.tensor_names, placer.rows[start:])
+                planner.add(adapter, bias, tensors=module.bias_tensors, action="add to bias", act=act)
+        lost = unaccounted(adapter.tensor_names, planner.rows[start:])
         unruled = Refusal("operator", "no rule for it")
-        placer.rows.extend(PlanRow.refused(adapter.name, name, (name,), unruled) for name in lost)
-    return placer.finish(notes)
+        planner.rows.extend(PlanRow.refused(adapter.name, name, (name,), unruled) for name in lost)
+    return planner.finish(notes)
 
 
-class _Placer:
+class _Planner:
     """Collector of the plan's rows and changes of all adapters for one checkpoint."""
 
     def __init__(
@@ -153,7 +153,7 @@ class _Placer:
         self._notes += [*notes, *kinds]
         return adapter
 
-    def place(
+    def add(
         self,
         adapter: Adapter,
         parameter: str,
@@ -165,14 +165,14 @@ class _Placer:
         copies = len(self._copied)
         try:
             done = act()
-        except NoPlace as problem:
+        except NoSite as problem:
             # Withdraw parts that were registered before the one without a site.
             self._ledger.drop({len(self.rows)})
             del self._copied[copies:]
             self._hints += [problem.refusal.hint] * bool(problem.refusal.hint)
             self.rows.append(PlanRow.refused(adapter.name, parameter, tensors, problem.refusal))
             return
-        shown = ", ".join(done.places[:2]) + (f", … ({len(done.places)})" if len(done.places) > 2 else "")
+        shown = ", ".join(done.tensors[:2]) + (f", … ({len(done.tensors)})" if len(done.tensors) > 2 else "")
         row = PlanRow(
             adapter=adapter.name,
             parameter=parameter,
@@ -184,18 +184,18 @@ class _Placer:
         )
         self.rows.append(row)
 
-    def finish(self, notes: Sequence[str]) -> Placed:
+    def finish(self, notes: Sequence[str]) -> CheckpointPlan:
         """Settle tied and resized weights, and return the plan with its changes."""
         ledger = self._ledger
         settled = settle(ledger, self._lookup.may_be_tied, lambda: self._lookup.ties, self._quantised)
         changes = {name: [c.make for c in changes] for name, changes in ledger.changes.items() if changes}
         notes = [*notes, *self._notes, *settled.notes, *quantised_notes(self._quantised, changes)]
-        return Placed(
+        return CheckpointPlan(
             quantised=self._quantised,
             plan=Plan(tuple(ledger.rows), tuple(notes), tuple(self._warnings)),
             changes=changes,
             stacked=self._stacked,
-            added=[Added(name, source) for name, source in settled.parted],
+            added=[AddedTensor(name, source) for name, source in settled.parted],
             untied=settled.untied,
             absent=self._lookup.absent,
             resized=ledger.resized,
@@ -213,7 +213,7 @@ class _Placer:
         if tensor.shape != values.shape:
             may_grow = self._resize and name not in self._quantised.scaled
             if not (may_grow and grows(path, tensor.shape, values.shape)):
-                raise NoPlace(
+                raise NoSite(
                     Refusal(
                         "shape",
                         f"stored with shape {tensor.shape}, the adapter's values have {values.shape}",
@@ -239,7 +239,7 @@ class _Placer:
             )
         )
         matrix = values.reshape(view_of(values.shape, name in self._stacked))
-        reach = reach_of(adapter, path)
+        reach = copy_reach(adapter, path)
         if reach == "unknown" and held is not None and is_same(values, held):
             reach = "all"
         self._ledger.add(name, lambda _: replacement(path, matrix), reach, is_copy=True)
@@ -250,7 +250,7 @@ class _Placer:
         name, reason = self._lookup.single(Named(path, "replace rows"))
         shape = self._ledger.tensor(name).shape
         if shape[1:] != rows.values.shape[1:]:
-            raise NoPlace(
+            raise NoSite(
                 Refusal(
                     "shape",
                     f"stored with shape {shape}, the adapter's rows have {rows.values.shape[1]} values",
@@ -258,7 +258,7 @@ class _Placer:
             )
         if max(rows.indices) >= shape[0]:
             wanted = max(rows.indices) + 1
-            raise NoPlace(Refusal("shape", f"row {wanted - 1} of {shape[0]}", resize_hint(wanted)))
+            raise NoSite(Refusal("shape", f"row {wanted - 1} of {shape[0]}", resize_hint(wanted)))
         if self._are_judged and self._holds_rows(name, rows):
             return _Settled([name], f"{len(rows.indices)} rows", is_unchanged=True)
         self._copied.append(
@@ -289,14 +289,14 @@ class _Placer:
         path, bias = f"{module.path}.bias", module.lora_bias
         try:
             name, reason = self._lookup.single(Named(path, "add to bias", module.component))
-        except NoPlace as problem:
+        except NoSite as problem:
             if problem.refusal.kind != "not found":
                 raise
             why = "lora_bias needs a bias to be added to, and the base has none here"
-            raise NoPlace(Refusal("not found", why, _BIAS_IN_GRAPH)) from None
+            raise NoSite(Refusal("not found", why, _BIAS_IN_GRAPH)) from None
         if self._ledger.tensor(name).shape != bias.shape:
             shape = self._ledger.tensor(name).shape
-            raise NoPlace(Refusal("shape", f"{name} has shape {shape}, lora_bias {bias.shape}"))
+            raise NoSite(Refusal("shape", f"{name} has shape {shape}, lora_bias {bias.shape}"))
 
         def make(dtype: type[Any]) -> Patch:
             row = bias.astype(dtype)[None, :] * dtype(weight * module.scaling)
@@ -320,7 +320,7 @@ class _Placer:
     def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> _Settled:
         """Add ΔW to the stored weight of the module, or to each part of it."""
         if module.groups > 1:
-            raise NoPlace(
+            raise NoSite(
                 grouped_dora(module)
                 or Refusal(
                     "branch only",
@@ -331,14 +331,14 @@ class _Placer:
         rows, _ = module.matrix_shape
         experts = {part.expert for part in parts}
         if None not in experts and len(experts) != module.experts:
-            raise NoPlace(
+            raise NoSite(
                 Refusal("shape", f"the base has {len(experts)} experts, the adapter {module.experts}")
             )
         layouts = []
         for part in parts:
             index, count = part.piece
             if rows % count:
-                raise NoPlace(Refusal("shape", f"{rows} rows can't be cut into {count} equal tensors"))
+                raise NoSite(Refusal("shape", f"{rows} rows can't be cut into {count} equal tensors"))
             span = (rows // count * index, rows // count * (index + 1))
             placements, layout = self._fit(module, adapter, part, span)
             layouts.append(layout)
@@ -358,10 +358,10 @@ class _Placer:
             )
         return _Settled([part.tensor for part in parts], layouts[0], parts[0].reason)
 
-    def _fit(self, module: LoraModule, adapter: Adapter, part: Part, span: tuple[int, int]) -> Fitted:
+    def _fit(self, module: LoraModule, adapter: Adapter, part: StoredPart, span: tuple[int, int]) -> Fitted:
         """Return the placements of canonical rows ``span`` in a stored tensor; raise NoPlace if none fits."""
         if refusal := unsettled_kind(module, self._lookup.held):
-            raise NoPlace(refusal)
+            raise NoSite(refusal)
         tensor = self._ledger.tensor(part.tensor)
         if module.kind != "parameter":
             return fit_weight(
