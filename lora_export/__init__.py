@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lora_export.modes.convert_adapter import convert_adapter
     from lora_export.modes.merge_checkpoint import merge_checkpoint
     from lora_export.modes.merge_onnx import export_onnx, merge_onnx
+    from lora_export.modes.quantize_onnx import quantize_onnx
     from lora_export.modes.swap_onnx import swap_onnx
     from lora_export.parity.check import check_parity
     from lora_export.parity.result import ParityReport
@@ -79,6 +80,7 @@ _HOME = {
     "load_adapter": "lora_export.formats",
     "merge_checkpoint": "lora_export.modes.merge_checkpoint",
     "merge_onnx": "lora_export.modes.merge_onnx",
+    "quantize_onnx": "lora_export.modes.quantize_onnx",
     "run_bench": "lora_export.bench.run",
     "save_adapter": "lora_export.formats",
     "swap_onnx": "lora_export.modes.swap_onnx",
@@ -117,6 +119,7 @@ __all__ = [
     "load_adapter",
     "merge_checkpoint",
     "merge_onnx",
+    "quantize_onnx",
     "run_bench",
     "save_adapter",
     "swap_onnx",

@@ -88,9 +88,11 @@ def test_plug_ins_do_not_import_their_siblings():
     from lora_export.commands import COMMANDS
     from lora_export.formats import FORMATS
     from lora_export.formats.schemes import SCHEMES
+    from lora_export.modes.quantising import METHODS
     from lora_export.sites import OPERATORS
 
-    targets = [*COMMANDS.values(), *FORMATS.values(), *SCHEMES.values(), *OPERATORS.values(), *KINDS.values()]
+    registries = (COMMANDS, FORMATS, SCHEMES, OPERATORS, KINDS, METHODS)
+    targets = [target for registry in registries for target in registry.values()]
     plug_ins = {target.partition(":")[0] for target in targets}
     plug_ins |= {f"lora_export.modes.{path.stem}" for path in (PACKAGE / "modes").glob("[!_]*.py")}
     wrong = []

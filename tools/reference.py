@@ -29,7 +29,7 @@ GROUPS = {
     "Read and write adapters": ["load_adapter", "save_adapter", "Adapter", "LoraModule"],
     "Merge, expose, capture": [
         *("merge_checkpoint", "merge_onnx", "export_onnx", "swap_onnx", "bank_onnx", "convert_adapter"),
-        "capture_onnx",
+        *("capture_onnx", "quantize_onnx"),
     ],
     "Run": ["AdapterSession", "EngineSession", "MergedEngine"],
     "Build engines": ["build_engine", "BuildOptions", "ProfileRequest"],

@@ -204,11 +204,13 @@ def _notes_on_parts(base: Path, adapters: Collection[Adapter], checkpoint: Check
 def _refuse_folder(base: Path, adapters: Collection[Adapter], options: WriteOptions) -> tuple[str, ...]:
     """Refuse a folder that can't be captured, or that the adapters are not for; return notes on it."""
     from lora_export.base.checkpoint.checkpoint import read_config
+    from lora_export.base.checkpoint.quantised import refuse_packed
     from lora_export.base.planning.refuse import refuse_absent
 
     config = read_config(base)
     refuse_own_code(base, config)
     refuse_absent(base, list(adapters), options.allow_unmatched)
+    refuse_packed(base)
     return code_notes(config)
 
 

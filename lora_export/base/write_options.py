@@ -20,6 +20,7 @@ class WriteOptions:
         dtype: Dtype in which a folder is captured; float32 if None.
         kv_cache: Capture a decoder with its key-value cache.
         fused: Capture attention, rotary embeddings and RMS norms as one node each.
+        quantize: Type to quantise the written weights to, ``int4`` or ``int8``; None: they stay floats.
         share_base: Leave unchanged weights in the base's files.
         allow_unmatched: Leave out parameters that have no site.
         force: Replace existing outputs.
@@ -32,6 +33,7 @@ class WriteOptions:
     dtype: str | None = None
     kv_cache: bool = False
     fused: bool = False
+    quantize: str | None = None
     share_base: bool = False
     allow_unmatched: bool = False
     force: bool = False

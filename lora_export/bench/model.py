@@ -13,6 +13,7 @@ from lora_export.engines.record import EngineRecord
 from lora_export.errors import GraphError
 from lora_export.graph.exposed import LoraRecord
 from lora_export.graph.onnx_file import GraphFile
+from lora_export.graph.told_sizes import told_sizes
 from lora_export.runtimes.model_file import ModelFile
 from lora_export.storage.hashes import sha256_of
 from lora_export.storage.inputs import FileState, same_inputs
@@ -87,8 +88,12 @@ class BenchModel:
         return {file.name: sha256_of(file) for file in self.files}
 
 
-def read_bench_model(path: Path) -> BenchModel:
+def read_bench_model(path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> BenchModel:
     """Read a model of a benchmark, without loading its weights.
+
+    Args:
+        path: The file.
+        shapes: Sizes that a graph leaves open, by the user, see `graph.told_sizes`.
 
     Raises:
         GraphError: The file is not an ONNX file, is damaged, or has inputs that are not tensors.
@@ -98,8 +103,24 @@ def read_bench_model(path: Path) -> BenchModel:
     with same_inputs(at_end=True) as inputs:
         file = ModelFile.read(path)
         content = file.content
-        found = _of_engine(file, content) if isinstance(content, EngineRecord) else _of_graph(file, content)
+        if isinstance(content, EngineRecord):
+            found = _of_engine(file, content)
+        else:
+            found = _with_told(_of_graph(file, content), shapes or {})
         return replace(found, states=tuple(inputs.states.values()))
+
+
+def _with_told(model: BenchModel, shapes: Mapping[str, tuple[int, ...]]) -> BenchModel:
+    """Return a graph with the sizes that are told of it.
+
+    Raises:
+        BackendError: They don't fit the graph, or the config beside it is needed and damaged.
+    """
+    ports = [(port.name, port.dims) for port in model.inputs]
+    told = told_sizes(model.path, ports, shapes)
+    told.refuse_unknown(ports)
+    inputs = tuple(replace(port, dims=told.dims(port.name, port.dims)) for port in model.inputs)
+    return replace(model, inputs=inputs, vocab_size=model.vocab_size or told.vocab_size)
 
 
 def label_models(models: Sequence[BenchModel]) -> list[BenchModel]:

@@ -41,6 +41,7 @@ class BenchRequest:
         seconds: Time budget of the timed runs.
         narrow: Width of a ratio's interval, as a share of the ratio, at which timing stops.
         seed: Seed of feeds and orders.
+        shapes: Sizes that graphs leave open: of a dimension, or all of an input.
     """
 
     models: tuple[Path, ...]
@@ -52,6 +53,7 @@ class BenchRequest:
     seconds: float = 60.0
     narrow: float = 0.02
     seed: int = 0
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ def plan_bench(
         LoraExportError: The request can't be carried out; all problems are listed.
     """
     problems = [*already, *_number_problems(request)]
-    models, unreadable = _read_all(request.models)
+    models, unreadable = _read_all(request.models, request.shapes)
     problems += [
         *unreadable,
         *_provider_problems(request.opening, models),
@@ -124,11 +126,13 @@ def _refused(problems: Sequence[str]) -> LoraExportError:
     return LoraExportError(f"the benchmark can't be run: {count}", "fix the listed problems", problems)
 
 
-def _read_all(paths: Iterable[Path]) -> tuple[list[BenchModel], list[str]]:
+def _read_all(
+    paths: Iterable[Path], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[list[BenchModel], list[str]]:
     models, problems = [], []
     for path in paths:
         try:
-            models.append(read_bench_model(path))
+            models.append(read_bench_model(path, shapes))
         except LoraExportError as error:
             problems.append(_one_line(error))
     return label_models(models), problems

@@ -18,6 +18,7 @@ from lora_export.bench.rounds import Rounds, Run, measure
 from lora_export.bench.statistics import summarise
 from lora_export.bench.workloads import Workload, make_feeds
 from lora_export.errors import BackendError, LoraExportError
+from lora_export.graph.told_sizes import parse_sizes
 from lora_export.machines.environment import load_average, read_environment
 from lora_export.progress import Say
 from lora_export.runtimes.ort.device import Provider
@@ -38,6 +39,7 @@ def run_bench(
     batches: Sequence[int] = (1,),
     sequences: Sequence[int] | None = None,
     pasts: Sequence[int] = (),
+    shapes: Sequence[str] | Mapping[str, Sequence[int]] = (),
     provider: Provider = "cpu",
     threads: int | None = None,
     cuda_graph: bool = False,
@@ -59,6 +61,8 @@ def run_bench(
         sequences: Tokens of a row; by default 128, or as many as the models have positions for.
         pasts: Tokens in the key-value cache when one more is decoded; empty: as ``sequences``. If neither is
             given, at most as many as leave a position for one more token.
+        shapes: Sizes that graphs leave open: ``height=64`` for a dimension, ``timestep=1`` or
+            ``sample=1x4x64x64`` for all axes of an input; or a mapping of names to sizes.
         provider: ``cpu`` or ``cuda``, for graphs; engines always run on a GPU.
         threads: ONNX Runtime's threads within one operator.
         cuda_graph: Replay runs as CUDA graphs.
@@ -87,6 +91,7 @@ def run_bench(
         seconds=seconds,
         narrow=narrow,
         seed=seed,
+        shapes=parse_sizes(shapes),
     )
     return carry_out(plan_bench(request), progress)
 

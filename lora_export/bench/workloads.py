@@ -35,6 +35,8 @@ _SYMBOLS: tuple[tuple[str, Role], ...] = (
 _USUAL_SEQUENCE = 128
 # Number of token ids to use if the vocabulary's size is unknown: any vocabulary has these.
 _SAFE_VOCABULARY = 16
+# Steps of a diffusion model's schedule.
+_TIMESTEPS = 1000
 # Of what a graph claims of an input: as parity, which does not make more for a whole check.
 _MAX_VALUES = 1 << 29
 
@@ -152,7 +154,8 @@ def shape_problems(model: BenchModel, workload: Workload) -> Iterator[str]:
         for axis, (dim, role) in enumerate(zip(port.dims, _roles(port, symbols), strict=True)):
             if role is None:
                 if not isinstance(dim, int):
-                    yield f"{port.name}: the size of axis {axis} ({dim or 'no name'}) is unknown"
+                    where = f"{port.name}: the size of axis {axis} ({dim or 'no name'})"
+                    yield f"{where} is unknown: give --shape NAME=SIZE"
             elif isinstance(dim, int) and dim >= 0 and dim != sizes[role]:
                 fix = _fix(workload, role, dim, "{}")
                 yield f"{port.name} has a fixed {role} of {dim}, not {sizes[role]}{fix}"
@@ -243,6 +246,8 @@ def _values(
         return np.ones(shape, dtype)
     if name == "position_ids":
         return np.broadcast_to(np.arange(work.past, work.past + work.sequence), shape).astype(dtype)
+    if "timestep" in name:
+        return random.integers(0, _TIMESTEPS, shape).astype(dtype)
     if "type" in name:
         return np.zeros(shape, dtype)
     if dtype.kind in "iu":

@@ -8,6 +8,7 @@ COMMANDS: dict[str, str] = {
     "merge-onnx": "lora_export.commands.merge_onnx:merge_onnx",
     "swap-onnx": "lora_export.commands.swap_onnx:swap_onnx",
     "bank-onnx": "lora_export.commands.bank_onnx:bank_onnx",
+    "quantize-onnx": "lora_export.commands.quantize_onnx:quantize_onnx",
     "convert-adapter": "lora_export.commands.convert_adapter:convert_adapter",
     "build-engine": "lora_export.commands.build_engine:build_engine",
     "bench": "lora_export.commands.bench:bench",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_export.commands.named_path import split_named
-from lora_export.commands.options import report_option, whole_numbers, whole_numbers_from_0
+from lora_export.commands.options import report_option, shape_option, whole_numbers, whole_numbers_from_0
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
 from lora_export.commands.whole_numbers import Whole
@@ -51,6 +51,7 @@ _PATH = click.Path(path_type=Path)
     callback=whole_numbers_from_0,
     help="Tokens in the key-value cache when one more is decoded; by default as --sequence.",
 )
+@shape_option
 @click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
@@ -141,6 +142,7 @@ def _request(model: Path, options: dict[str, Any]) -> BenchRequest:
     from lora_export.bench.contenders import AdapterChoice
     from lora_export.bench.opened import Opening
     from lora_export.bench.plan import BenchRequest
+    from lora_export.graph.told_sizes import parse_sizes
 
     named = map(split_named, options["adapters"])
     return BenchRequest(
@@ -153,6 +155,7 @@ def _request(model: Path, options: dict[str, Any]) -> BenchRequest:
         seconds=options["seconds"],
         narrow=options["narrow"],
         seed=options["seed"],
+        shapes=parse_sizes(options["shapes"]),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import click
 
+from lora_export.commands.options import quantize_option
 from lora_export.commands.printing import print_lines
 from lora_export.commands.verb import Verb
 
@@ -54,6 +55,7 @@ _PATH = click.Path(path_type=Path)
     help="Do not compare the graph of a small model like this one with PyTorch first.",
 )
 @click.option("--share-base", is_flag=True, help="Leave the weights in CHECKPOINT's own files.")
+@quantize_option
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @click.option("--quiet", is_flag=True, help="Print no summary.")
 def capture_onnx(
@@ -65,6 +67,7 @@ def capture_onnx(
     fused: bool,
     no_twin: bool,
     share_base: bool,
+    quantize: str | None,
     force: bool,
     quiet: bool,
 ) -> None:
@@ -91,11 +94,12 @@ def capture_onnx(
     from lora_export.modes import capture_onnx as mode
     from lora_export.progress import byte_progress
     from lora_export.reports.merge import size_text
+    from lora_export.reports.quantised import quantised_lines
     from lora_export.untrusted.places import is_file
 
     started = time.monotonic()
-    with byte_progress(f"writing {output}", quiet):
-        written = mode.capture_onnx(
+    with byte_progress(f"writing {output}", quiet) as progress:
+        report = mode.capture(
             checkpoint,
             output,
             dtype=dtype,
@@ -104,15 +108,21 @@ def capture_onnx(
             fused=fused,
             twin=not no_twin,
             share_base=share_base,
+            quantize=quantize,
             force=force,
+            progress=progress,
         )
     if not quiet:
-        graphs = [path for path in written if path.suffix == ".onnx"]
+        graphs = [path for path in report.written if path.suffix == ".onnx"]
         files = [file for graph in graphs for file in (graph, output_paths(graph)["data"]) if is_file(file)]
         size = size_text(sum(file.stat().st_size for file in files if file not in graphs))
         print_lines([f"captured {checkpoint} in {time.monotonic() - started:.1f} s: {size} of weights"])
         for graph in graphs:
             if proof := Proof.from_metadata(load_graph(graph).model.metadata_props):
-                print_lines([f"{graph.parent.name}: {proof}" if len(graphs) > 1 else str(proof)])
+                text = f"{proof} (before it was quantised)" if report.quantised else str(proof)
+                print_lines([f"{graph.parent.name}: {text}" if len(graphs) > 1 else text])
+        if report.quantised is not None:
+            print_lines(quantised_lines(report.quantised.quantised))
+            files = list(report.quantised.outputs.values())
         print_lines([f"wrote {file}" for file in files])
     print_lines([f"note: {note}" for note in code_notes(read_config(checkpoint))], err=True)

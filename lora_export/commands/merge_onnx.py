@@ -14,6 +14,7 @@ from lora_export.commands.options import (
     load_all,
     merge_options,
     print_merge,
+    quantize_option,
     read_checkpoint_options,
 )
 from lora_export.commands.printing import print_lines
@@ -41,6 +42,7 @@ _PATH = click.Path(path_type=Path)
 )
 @checkpoint_options
 @capture_options
+@quantize_option
 @click.option("--share-base", is_flag=True, help="Leave unchanged weights in the base's data files.")
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @merge_options

@@ -60,7 +60,14 @@ def _repeated(option: str, values: Sequence[Any]) -> Words:
 def _after_capture(given: Mapping[str, Any]) -> Words:
     if given["output"].suffix != ".onnx":  # a pipeline's folder of graphs
         return []
-    return ["merge-onnx", "--base", given["output"], "--adapter", "my-adapter", "-o", "merged/model.onnx"]
+    # Nothing can be merged into codes.
+    verb = "swap-onnx" if given.get("quantize") else "merge-onnx"
+    out = "swap/model.onnx" if given.get("quantize") else "merged/model.onnx"
+    return [verb, "--base", given["output"], "--adapter", "my-adapter", "-o", out]
+
+
+def _after_quantising(given: Mapping[str, Any]) -> Words:
+    return ["parity", "--reference", given["graph"], "--candidate", given["output"]]
 
 
 def _after_merge(given: Mapping[str, Any]) -> Words:
@@ -123,6 +130,7 @@ _NEXT: dict[str, Callable[[Mapping[str, Any]], Words]] = {
     "merge-onnx": _compare,
     "swap-onnx": _after_swap,
     "bank-onnx": _compare,
+    "quantize-onnx": _after_quantising,
     "convert-adapter": _after_conversion,
     "parity": _after_parity,
 }

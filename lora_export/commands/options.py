@@ -83,6 +83,11 @@ _CAPTURE_OPTIONS = [
         help="Capture a checkpoint folder with attention, rotary embeddings and RMS norms as one node each.",
     ),
 ]
+_QUANTIZE = click.option(
+    "--quantize",
+    type=click.Choice(["int4", "int8"]),
+    help="Quantise the written weights, as quantize-onnx does by default; LoRA stays in float.",
+)
 _CHECKPOINT_OPTIONS = [
     click.option(
         "--checkpoint",
@@ -116,6 +121,18 @@ def report_option(kind: str) -> Callable[[Command], Command]:
     return click.option("--report", "reports", multiple=True, type=_PATH, metavar="FILE", help=said)
 
 
+def shape_option(command: Command) -> Command:
+    """Add ``--shape`` for sizes that a graph leaves open; it arrives as ``shapes``."""
+    return click.option(
+        "--shape",
+        "shapes",
+        multiple=True,
+        metavar="NAME=SIZE",
+        help="Size of a dimension that nothing tells (height=64), or of all axes of an input (timestep=1, "
+        "sample=1x4x64x64); repeat.",
+    )(command)
+
+
 def adapter_options(command: Command) -> Command:
     """Add the options for what an adapter's file doesn't state, with the names that `load_adapter` takes."""
     return _with(command, _ADAPTER_OPTIONS)
@@ -134,6 +151,11 @@ def merge_options(command: Command) -> Command:
 def capture_options(command: Command) -> Command:
     """Add the options for how a checkpoint folder is captured."""
     return _with(command, _CAPTURE_OPTIONS)
+
+
+def quantize_option(command: Command) -> Command:
+    """Add ``--quantize``, for verbs that write a graph."""
+    return _with(command, [_QUANTIZE])
 
 
 def checkpoint_options(command: Command) -> Command:
@@ -171,6 +193,7 @@ _EXPOSE_OPTIONS = [
     click.option("--share-base", is_flag=True, help="Leave the weights in the base's data files."),
     click.option("--force", is_flag=True, help="Replace existing output files."),
     *_CAPTURE_OPTIONS,
+    _QUANTIZE,
     *_MERGE_SWITCHES[1:],
 ]
 

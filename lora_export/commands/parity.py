@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_export.commands.named_path import split_named
-from lora_export.commands.options import adapter_options, load_named, report_option, whole_numbers
+from lora_export.commands.options import (
+    adapter_options,
+    load_named,
+    report_option,
+    shape_option,
+    whole_numbers,
+)
 from lora_export.commands.printing import print_error, print_json, print_lines
 from lora_export.commands.verb import Verb
 from lora_export.commands.whole_numbers import WholeNumber
@@ -67,6 +73,7 @@ def _finite(_context: click.Context, _parameter: click.Parameter, values: tuple[
 )
 @click.option("--batch", callback=whole_numbers, help="Batch sizes of generated inputs: 1,4.")
 @click.option("--sequence", callback=whole_numbers, help="Lengths of generated inputs: 1,16,128.")
+@shape_option
 @click.option("--seed", type=WholeNumber(0), default=0, show_default=True, help="Seed of generated inputs.")
 @click.option(
     "--samples", type=WholeNumber(1), default=8, show_default=True, help="How many inputs to generate."

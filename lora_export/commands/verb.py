@@ -25,6 +25,7 @@ The way of the data:
 _VERBS = {
     "Begin": ("demo", "inspect"),
     "Adapter and base to a model": ("capture-onnx", "merge", "merge-onnx", "swap-onnx", "bank-onnx"),
+    "A graph in fewer bits": ("quantize-onnx",),
     "Adapter for a model that takes several": ("convert-adapter",),
     "Engines for GPUs": ("build-engine", "targets", "doctor"),
     "Check and measure": ("parity", "verify", "bench"),
@@ -38,6 +39,10 @@ _OPTIONS = {
     ),
     "How an adapter is read": ("alpha", "rank", "rslora", "format", "from_format", "component"),
     "How a folder is captured": ("dtype", "kv_cache", "fused", "trace"),
+    "How weights are quantised": (
+        *("to", "method", "block_size", "asymmetric", "accuracy_level", "keep", "head", "embeddings"),
+        "quantize",
+    ),
     "What comes out": (
         *("output", "name", "reports", "junit", "html", "plot"),
         *("force", "dry_run", "share_base"),

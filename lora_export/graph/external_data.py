@@ -121,8 +121,22 @@ def write_data(
     return costs
 
 
-def merged_values(value: ir.Value, change: InitializerChange) -> Array:
+def merged_values(
+    value: ir.Value,
+    change: InitializerChange,
+    *,
+    rounding: Mode = "off",
+    scratch: Path | None = None,
+    costs: dict[str, Rounding] | None = None,
+) -> Array:
     """Return a constant with its patches applied, bit for bit as `write_data` would write it.
+
+    Args:
+        value: The constant.
+        change: Its patches.
+        rounding: Measurement of rounding.
+        scratch: Folder for a large constant's file; None: the system's temporary folder.
+        costs: Dict to which the loss by rounding, by module, is added.
 
     Raises:
         CheckpointError: A value is not finite.
@@ -130,9 +144,11 @@ def merged_values(value: ir.Value, change: InitializerChange) -> Array:
     tensor = value.const_value
     assert tensor is not None
     slot = _Slot(value, source_of(tensor), 0)
-    with scratch_folder() as scratch:
-        path = scratch / "values"
-        write_pieces(path, slot.source.length, [_piece(slot, change)], rounding="off")
+    with scratch_folder(scratch) as folder:
+        path = folder / "values"
+        found = write_pieces(path, slot.source.length, [_piece(slot, change)], rounding=rounding)
+        if costs is not None:
+            costs.update(found)
         return np.fromfile(path, tensor.dtype.numpy()).reshape(shape_of(tensor))
 
 

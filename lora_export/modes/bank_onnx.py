@@ -34,6 +34,7 @@ from lora_export.modes.branches.inputs import add_initializer, add_input, ir_typ
 from lora_export.modes.branches.output import ExposeReport, base_name, write_exposed
 from lora_export.modes.branches.union import Union
 from lora_export.modes.branches.write import BranchWriter, Tensors
+from lora_export.modes.quantising.choice import choice_of
 from lora_export.sites.naming.towers import landmarks
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.values.ranges import cut_off
@@ -61,6 +62,7 @@ def bank_onnx(
     dtype: str | None = None,
     kv_cache: bool = False,
     fused: bool = False,
+    quantize: str | None = None,
     share_base: bool = False,
     allow_unmatched: bool = False,
     force: bool = False,
@@ -88,6 +90,8 @@ def bank_onnx(
         dtype: Dtype of a captured folder: ``float32`` (the default), ``float16`` or ``bfloat16``.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         fused: Capture attention, rotary embeddings and RMS norms as one node each (opset 23).
+        quantize: Quantise the written weights to ``int4`` or ``int8`` as `quantize_onnx` does by default,
+            LoRA stays in float on top.
         share_base: Leave the weights in the base's own data files.
         allow_unmatched: Leave out parameters that have no site.
         force: Replace existing output files.
@@ -104,6 +108,7 @@ def bank_onnx(
         OutputError: The output exists or can't be written.
     """
     out, base = Path(output), Path(base)
+    choice_of(quantize)
     _refuse_room(slot_rank, resident)
     loaded = _load(adapters, component)
     form = _Form(

@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export.base.capture.capture import Trace, capture_checkpoint
+from lora_export.base.checkpoint.quantised import refuse_packed
 from lora_export.base.open_base import output_paths
 from lora_export.base.pipeline_graphs import is_pipeline
 from lora_export.base.reads import files_read
 from lora_export.errors import OutputError
+from lora_export.graph.onnx_file import load_graph
 from lora_export.modes.pipelines.capture import capture_pipeline
+from lora_export.modes.quantising.choice import QuantiseChoice, choice_of
+from lora_export.modes.quantising.quantise import quantise
+from lora_export.modes.quantising.write import QuantiseReport, weight_bytes, write_quantised
 from lora_export.storage.commit.leftovers import scratch_folder
+from lora_export.storage.hashes import FileHash, hash_file
 from lora_export.storage.inputs import same_inputs
 from lora_export.storage.outputs import OutputSet, make_parent, output_errors, refuse_replacing
-from lora_export.untrusted.places import is_file
+from lora_export.untrusted.places import is_file, listed
 
 PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """Result of a capture.
+
+    Attributes:
+        written: The graph and its data; of a pipeline, what was written for it.
+        quantised: Report of quantising it; None if the weights stay floats.
+    """
+
+    written: tuple[Path, ...]
+    quantised: QuantiseReport | None = None
 
 
 @same_inputs()
@@ -31,6 +51,7 @@ def capture_onnx(
     fused: bool = False,
     twin: bool = True,
     share_base: bool = False,
+    quantize: str | None = None,
     force: bool = False,
 ) -> tuple[Path, ...]:
     """Write a Hugging Face checkpoint as ``output`` and ``output.data``, or a pipeline as a folder of graphs.
@@ -50,6 +71,8 @@ def capture_onnx(
             way. The graph's metadata says what was compared.
         share_base: Leave weights in the checkpoint's own files, where these hold them in this dtype; for an
             output in the checkpoint's folder or above it. There may then be no data file.
+        quantize: Quantise the weights to ``int4`` or ``int8`` as `quantize_onnx` does by default; a manifest
+            ``*.lora.json`` is written as well.
         force: Replace existing output files.
 
     Returns:
@@ -59,14 +82,56 @@ def capture_onnx(
         LoraExportError: As `capture.capture_checkpoint`; `OutputError` if a file exists or the name does not
             end in ``.onnx``.
     """
+    report = capture(
+        checkpoint,
+        output,
+        dtype=dtype,
+        kv_cache=kv_cache,
+        trace=trace,
+        fused=fused,
+        twin=twin,
+        share_base=share_base,
+        quantize=quantize,
+        force=force,
+    )
+    return report.written
+
+
+@same_inputs()
+def capture(
+    checkpoint: PathLike,
+    output: PathLike,
+    *,
+    dtype: str,
+    kv_cache: bool,
+    trace: Trace,
+    fused: bool,
+    twin: bool,
+    share_base: bool,
+    quantize: str | None,
+    force: bool,
+    progress: Callable[[int], None] | None = None,
+) -> CaptureReport:
+    """Capture as `capture_onnx` does, and return the report; ``progress`` gets the bytes just written."""
+    choice = choice_of(quantize)
+    if choice is not None and share_base:
+        raise OutputError(
+            "codes are new bytes, which the checkpoint's files don't hold",
+            "omit --share-base, or capture without --quantize",
+        )
     graph = Path(output)
     if is_pipeline(Path(checkpoint)):
         given = {"--kv-cache": kv_cache, "--fused": fused, "--share-base": share_base}
+        given["--quantize"] = choice is not None
         _refuse_options(Path(checkpoint), given | {"--trace outline": trace == "outline"})
-        return capture_pipeline(Path(checkpoint), graph, dtype, force=force, proven=twin)
-    data = output_paths(graph)["data"]
+        written = capture_pipeline(Path(checkpoint), graph, dtype, force=force, proven=twin)
+        return CaptureReport(written)
+    paths = output_paths(graph)
+    if choice is None:
+        del paths["manifest"]
+    refuse_packed(Path(checkpoint))
     reads = files_read(Path(checkpoint), ())
-    refuse_replacing([graph, data], force, reads)
+    refuse_replacing(list(paths.values()), force, reads)
     make_parent(graph)
     with (
         output_errors(graph),
@@ -74,10 +139,9 @@ def capture_onnx(
         # The folder is beside the output, so that gigabytes are renamed and not copied.
         scratch_folder(graph.parent) as scratch,
     ):
-        made = scratch / graph.name
-        capture_checkpoint(
+        made = capture_checkpoint(
             checkpoint,
-            made,
+            scratch / graph.name,
             dtype=dtype,
             kv_cache=kv_cache,
             trace=trace,
@@ -85,14 +149,45 @@ def capture_onnx(
             proven=twin,
             share_from=graph.parent if share_base else None,
         )
-        has_data = is_file(made.with_name(data.name))
-        if has_data:
-            made.with_name(data.name).replace(outputs.stage(data))
-        made.replace(outputs.stage(graph))
+        if choice is None:
+            data = paths["data"]
+            has_data = is_file(made.with_name(data.name))
+            if has_data:
+                made.with_name(data.name).replace(outputs.stage(data))
+            made.replace(outputs.stage(graph))
+            outputs.commit()
+            if not has_data:
+                data.unlink(missing_ok=True)  # of the graph that was here before
+            return CaptureReport((graph, paths["data"]))
+        weights = [hash_file(path) for path in _weights(Path(checkpoint))]
+        report = _quantised(made, choice, paths, weights, outputs=outputs, progress=progress)
         outputs.commit()
-        if not has_data:
-            data.unlink(missing_ok=True)  # of the graph that was here before
-    return graph, data
+    return CaptureReport((graph, paths["data"]), report)
+
+
+def _weights(checkpoint: Path) -> list[Path]:
+    return sorted([*listed(checkpoint, "*.safetensors"), *listed(checkpoint, "config.json")])
+
+
+def _quantised(
+    made: Path,
+    choice: QuantiseChoice,
+    paths: dict[str, Path],
+    base: list[FileHash],
+    *,
+    outputs: OutputSet,
+    progress: Callable[[int], None] | None,
+) -> QuantiseReport:
+    """Quantise the captured graph on its way to the output."""
+    opened = load_graph(made)
+    before = weight_bytes(opened)
+    quantising = quantise(opened, choice)
+    report = QuantiseReport(
+        quantised=quantising.quantised, outputs=paths, size_bytes=weight_bytes(opened), before_bytes=before
+    )
+    return write_quantised(
+        quantising, report, mode="capture-onnx", base=base, outputs=outputs, progress=progress
+    )
 
 
 def _refuse_options(pipeline: Path, flags: Mapping[str, bool]) -> None:

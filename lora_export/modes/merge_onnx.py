@@ -31,6 +31,8 @@ from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merg
 from lora_export.modes.merging.into_graph import mark_merged, plan_changes
 from lora_export.modes.merging.report import MergeReport
 from lora_export.modes.pipelines.merge import merge_pipeline
+from lora_export.modes.quantising.choice import choice_of
+from lora_export.modes.quantising.quantise import Quantising, packages_of, quantise
 from lora_export.plan import Plan
 from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.hashes import hash_written, identity_of
@@ -58,6 +60,7 @@ def merge_onnx(
     dtype: str | None = None,
     kv_cache: bool = False,
     fused: bool = False,
+    quantize: str | None = None,
     share_base: bool = False,
     allow_unmatched: bool = False,
     force: bool = False,
@@ -82,6 +85,8 @@ def merge_onnx(
             the sum, computed in float32, is rounded once.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         fused: Capture attention, rotary embeddings and RMS norms as one node each (opset 23).
+        quantize: Quantise the written weights to ``int4`` or ``int8`` as `quantize_onnx` does by default,
+            after the merge.
         share_base: Leave unchanged weights in the base's own data files; the output's data file holds
             only what the adapters changed.
         allow_unmatched: Leave out tensors that have no site; the manifest lists them.
@@ -100,6 +105,7 @@ def merge_onnx(
         OutputError: The output exists or can't be written.
     """
     out, base = Path(output), Path(base)
+    choice_of(quantize)
     loaded, factors = check_blend(adapters, weights, component)
     options = WriteOptions.among(locals())
     if not is_pipeline(base):
@@ -190,6 +196,7 @@ class _Merging:
         with reading as (opened, targets):
             refuse_other_bases(self.adapters, opened.identity)
             plan, changes = self._planned(opened, folder)
+            quantising = self._quantising(opened, changes)
             slots, size, shared = plan_data(opened.graph, changes, self.out, opened.shared_files)
             report = MergeReport(
                 plan=plan,
@@ -198,6 +205,7 @@ class _Merging:
                 size_bytes=size,
                 shared_bytes=shared,
                 dry_run=self.options.dry_run,
+                quantised=quantising.quantised if quantising else None,
             )
             if self.options.dry_run:
                 return report
@@ -212,6 +220,9 @@ class _Merging:
                     rounding=self.rounding,
                     progress=self.options.progress,
                 )
+                if quantising:
+                    report = replace(report, quantised=quantising.finished())
+                    costs |= quantising.roundings
                 report = replace(report, roundings=roundings | costs)
                 self._write_graph(opened, report, staged)
                 outputs.commit()
@@ -231,6 +242,14 @@ class _Merging:
             allow_unmatched=self.options.allow_unmatched,
         )
         return opened.verified(plan), changes
+
+    def _quantising(self, opened: Base, changes: Mapping[ir.Value, InitializerChange]) -> Quantising | None:
+        """Let the graph's products read codes of the merged weights, if the user wants that."""
+        choice = choice_of(self.options.quantize)
+        if choice is None:
+            return None
+        scratch = None if self.options.dry_run else self.out.parent
+        return quantise(opened.graph, choice, changes, rounding=self.rounding, scratch=scratch)
 
     def _write_graph(self, opened: Base, report: MergeReport, staged: Mapping[str, Path]) -> None:
         """Write the graph with its metadata, and the manifest, beside the written data."""
@@ -254,8 +273,9 @@ class _Merging:
             plan=report.plan.as_dict(),
             rounding=rounding_dict(report.roundings),
             outputs=written | self.before.outputs(),
-            versions={"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
+            versions={"lora-export": __version__} | package_versions(packages_of(report.quantised)),
             files={**read, **own},
+            quantised=report.quantised.as_dict() if report.quantised else {},
         )
         manifest.save(staged["manifest"])
 

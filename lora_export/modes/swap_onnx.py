@@ -32,6 +32,7 @@ from lora_export.modes.branches.inputs import add_input, ir_type
 from lora_export.modes.branches.output import ExposeReport, base_name, write_exposed
 from lora_export.modes.branches.union import Union
 from lora_export.modes.branches.write import BranchWriter, Tensors
+from lora_export.modes.quantising.choice import choice_of
 from lora_export.plan import Plan
 from lora_export.sites.listing import targets_named
 from lora_export.sites.naming.towers import landmarks
@@ -63,6 +64,7 @@ def swap_onnx(
     dtype: str | None = None,
     kv_cache: bool = False,
     fused: bool = False,
+    quantize: str | None = None,
     share_base: bool = False,
     allow_unmatched: bool = False,
     force: bool = False,
@@ -91,6 +93,8 @@ def swap_onnx(
         dtype: Dtype of a captured folder: ``float32`` (the default), ``float16`` or ``bfloat16``.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         fused: Capture attention, rotary embeddings and RMS norms as one node each (opset 23).
+        quantize: Quantise the written weights to ``int4`` or ``int8`` as `quantize_onnx` does by default,
+            LoRA stays in float on top.
         share_base: Leave the weights in the base's own data files.
         allow_unmatched: Leave out modules that have no site.
         force: Replace existing output files.
@@ -109,6 +113,7 @@ def swap_onnx(
         OutputError: The output exists or can't be written.
     """
     out, base = Path(output), Path(base)
+    choice_of(quantize)
     wanted = target_modules.split(",") if isinstance(target_modules, str) else list(target_modules)
     made_of = load_given(adapter, component)
     if not made_of and not any(wanted):

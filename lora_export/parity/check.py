@@ -12,6 +12,7 @@ from pathlib import Path
 from lora_export.adapter import Adapter, Array
 from lora_export.errors import BackendError
 from lora_export.formats.given import Adapters, named_adapters
+from lora_export.graph.told_sizes import parse_sizes
 from lora_export.parity import laws as laws_of
 from lora_export.parity.comparison import Comparison
 from lora_export.parity.environment import environment
@@ -19,7 +20,7 @@ from lora_export.parity.feeds.coverage import Coverage
 from lora_export.parity.feeds.further import FurtherFeeds
 from lora_export.parity.feeds.made import Feed, ids_left, make_feeds, read_feeds
 from lora_export.parity.feeds.pasts import with_real_pasts
-from lora_export.parity.judge.limits import STEP, STEPS
+from lora_export.parity.judge.limits import STEP, STEPS, CodesLoss
 from lora_export.parity.judge.verdicts import Judge
 from lora_export.parity.localise.localise import Sources
 from lora_export.parity.localise.localise import localise as localise_error
@@ -53,6 +54,7 @@ def check_parity(
     feeds: PathLike | None = None,
     batches: Sequence[int] | None = None,
     sequences: Sequence[int] | None = None,
+    shapes: Sequence[str] | Mapping[str, Sequence[int]] = (),
     seed: int = 0,
     samples: int = 8,
     tolerance: str | tuple[float, float] = "auto",
@@ -76,6 +78,8 @@ def check_parity(
         feeds: File of inputs; by default feeds are made from the graph's own inputs.
         batches: Batch sizes of made feeds; by default 1 and 4, or the size that the graph fixes.
         sequences: Lengths of made feeds; by default 1 and 16, or the length that the graph fixes.
+        shapes: Sizes that the candidate leaves open: ``height=64`` for a dimension, ``timestep=1`` or
+            ``sample=1x4x64x64`` for all axes of an input; or a mapping of names to sizes.
         seed: Seed of made feeds.
         samples: Number of feeds to make.
         tolerance: ``auto``: from the dtypes, see `lora_export.parity.judge.limits`; or ``(rtol, atol)``.
@@ -97,7 +101,7 @@ def check_parity(
     started = time.monotonic()
     progress = progress or (lambda _what, _share: None)
     given = named_adapters(adapters)
-    options = ParityOptions.read(tolerance, dtype, reference_dtype)
+    options = replace(ParityOptions.read(tolerance, dtype, reference_dtype), shapes=parse_sizes(shapes))
     progress("opening both sides", 0.0)
     sides = open_sides(
         Path(reference),
@@ -191,6 +195,8 @@ def _feeds(sides: Sides, choice: _FeedChoice) -> list[Feed]:
         seed=choice.seed,
         samples=choice.samples,
         vocab_size=vocabulary_of(sides),
+        padded=about.pads,
+        long_past=about.pads,
     )
     reference, seed = sides.reference, choice.seed
     if isinstance(reference, CheckpointReference) and about.caches and reference.has(BASE):
@@ -228,7 +234,13 @@ def _compare(
 
 def _judge(sides: Sides, comparison: Comparison, options: ParityOptions) -> list[Verdict]:
     """Return the verdicts on all that was compared."""
-    judge = Judge(sides.dtype, options.tolerance, sides.merged.rounding)
+    judge = Judge(
+        dtype=sides.dtype,
+        tolerance=options.tolerance,
+        rounding=sides.merged.rounding,
+        codes=_codes(sides, options),
+        switches=sides.candidate.switches,
+    )
     verdicts = [*judge.judge(comparison.tallies), *comparison.coverage(), *comparison.laws.judge(judge)]
     if (rounding := sides.merged.rounding) and any(limit.is_bounded for limit in judge.limits.values()):
         sides.notes.append(
@@ -236,6 +248,11 @@ def _judge(sides: Sides, comparison: Comparison, options: ParityOptions) -> list
             f"is believed than weights in {rounding.dtype} can lose"
         )
     return verdicts
+
+
+def _codes(sides: Sides, options: ParityOptions) -> CodesLoss | None:
+    """Return the candidate's loss by quantising, if the limits are derived from it."""
+    return sides.candidate.about.codes if options.tolerance.auto else None
 
 
 def _generate(
@@ -252,6 +269,8 @@ def _generate(
         tie = comparison.told_apart("logits", state)
         if tie is None:
             tie = STEPS * STEP[sides.dtype] * comparison.largest_value("logits", state)
+        if (codes := sides.candidate.about.codes) is not None:
+            tie = max(tie, codes.cost * comparison.largest_value("logits", state))
         ties[state_name(state)] = tie
 
         def reference(values: Mapping[str, Array], state: State = state) -> Mapping[str, Array]:

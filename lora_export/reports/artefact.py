@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_export.engines.record import EngineRecord
     from lora_export.graph.exposed import LoraRecord
     from lora_export.graph.onnx_file import GraphFile
+    from lora_export.graph.quantised import QuantisedRecord
     from lora_export.runtimes.model_file import ModelFile
 
 # Number of operators, inputs and slots that are named; the others are counted.
@@ -104,10 +105,12 @@ def _model(path: Path) -> Artefact:
 def _graph(file: ModelFile, graph: GraphFile, data: Mapping[str, int]) -> Artefact:
     from lora_export.base.history.in_graph import adapters_in, merged_in
     from lora_export.graph.proof import Proof
+    from lora_export.graph.quantised import quantised_in
 
     path, exposed, captured = file.path, file.lora_record, file.captured
     merged = merged_in(graph.model.metadata_props)
     proof = Proof.from_metadata(graph.model.metadata_props)
+    quantised = [_quantised(record) for record in quantised_in(graph.model.metadata_props)]
     size = path.stat().st_size + sum(data.values())
     operators = Counter(node.op_type for each in graph.graphs() for node in each)
     facts: dict[str, Any] = {
@@ -120,6 +123,7 @@ def _graph(file: ModelFile, graph: GraphFile, data: Mapping[str, int]) -> Artefa
         "outputs": [_port(value) for value in graph.graph.outputs],
         "captured": None if captured is None else vars(captured),
         "proof": None if proof is None else vars(proof),
+        "quantised": quantised,
         "merged": [f"{name}, sha256 {sha256}" for name, sha256 in adapters_in(merged)],
         "lora": _lora(exposed, graph),
     }
@@ -134,6 +138,7 @@ def _graph(file: ModelFile, graph: GraphFile, data: Mapping[str, int]) -> Artefa
         lines.append(f"captured  {captured.kind}, {captured.dtype}{cache}")
     if proof is not None:
         lines.append(f"proof     {proof}")
+    lines += limited([f"quantised {_quantised_text(entry)}" for entry in quantised], "times", _NAMED)
     lines += [f"merged    {entry}" for entry in limited(facts["merged"], "adapters", _NAMED)]
     lines += _lora_lines(exposed)
     if facts["lora"] and (lost := len(facts["lora"]["lost_inputs"])):
@@ -147,6 +152,23 @@ def _graph(file: ModelFile, graph: GraphFile, data: Mapping[str, int]) -> Artefa
         words = ["lora-export", "inspect", str(manifest)]
         lines.append(f"manifest  {manifest.name}: {command(words) or 'inspect it'}")
     return Artefact("graph", facts, tuple(lines))
+
+
+def _quantised(record: QuantisedRecord) -> dict[str, Any]:
+    return {
+        "to": record.to,
+        "method": record.method,
+        "block_size": record.block_size,
+        "symmetric": record.symmetric,
+        "weights": len(record.weights),
+        "relative_error": record.relative,
+    }
+
+
+def _quantised_text(entry: Mapping[str, Any]) -> str:
+    form = "symmetric" if entry["symmetric"] else "with zero points"
+    how = f"{entry['method']}, blocks of {entry['block_size']}, {form}"
+    return f"{entry['weights']} weights to {entry['to']} ({how}), error {entry['relative_error']:.2%} of them"
 
 
 def _port(value: ir.Value) -> dict[str, Any]:

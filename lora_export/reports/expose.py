@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from lora_export.graph.exposed import WEIGHTS_INPUT
 from lora_export.modes.branches.output import ExposeReport
 from lora_export.reports.merge import size_text
+from lora_export.reports.quantised import quantised_lines
 from lora_export.untrusted.shown import limited
 
 _SHOWN = 4
@@ -31,6 +32,7 @@ def expose_summary_lines(report: ExposeReport, seconds: float) -> list[str]:
     else:
         lines.append(f"ranks up to {record.max_rank}; tensors {', '.join(record.tensor_names()[:2])}, …")
     lines += limited([f"note: {note}" for note in report.plan.notes], "notes")
+    lines += quantised_lines(report.quantised) if report.quantised else []
     return lines + [f"wrote {path}" for path in report.outputs.values()]
 
 

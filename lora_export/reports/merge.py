@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_export.modes.merging.report import MergeReport
 from lora_export.plan import align
+from lora_export.reports.quantised import quantised_lines, weight_lines
 from lora_export.storage.rounding import WARN_LOST, WARN_RELATIVE, Rounding, total_of
 from lora_export.untrusted.places import exists
 from lora_export.untrusted.shown import limited
@@ -26,7 +27,10 @@ def report_json(report: MergeReport | ExposeReport) -> str:
 
 def plan_lines(report: MergeReport | ExposeReport) -> list[str]:
     """Return the lines that a dry run prints."""
-    lines = [*report.plan.lines(), f"dry run: {size_text(report.size_bytes)} of weights would be written"]
+    lines = report.plan.lines()
+    if report.quantised:
+        lines += ["", *weight_lines(report.quantised)]
+    lines += [f"dry run: {size_text(report.size_bytes)} of weights would be written"]
     existing = [str(path) for path in report.outputs.values() if exists(path)]
     if existing:
         lines.append(f"note: --force would be needed, there is already: {', '.join(existing)}")
@@ -41,6 +45,9 @@ def summary_lines(report: MergeReport, seconds: float) -> list[str]:
     lines = [f"changed {changed} parameters in {seconds:.1f} s: {written}{shared}"]
     lines += limited([f"note: {note}" for note in report.plan.notes], "notes")
     lines += _rounding_lines(report.roundings)
+    lines += quantised_lines(report.quantised) if report.quantised else []
+    if (codes := report.codes_over_delta) is not None:
+        lines.append(f"codes of the merged weights lost {codes:.2g} × ‖ΔW‖ against the float merge")
     return lines + [f"wrote {path}" for path in report.outputs.values()]
 
 
@@ -79,6 +86,11 @@ def warning_lines(report: MergeReport, help_for_rounding: str) -> Iterator[str]:
         yield f"warning: {warning}"
     if report.left_out:
         yield f"warning: not copied, they hold unmerged weights: {', '.join(report.left_out)}"
+    if (codes := report.codes_over_delta or 0.0) > 1:
+        yield (
+            f"warning: the codes lost more than the adapter changed ({codes:.2g} × ‖ΔW‖): check the answers, "
+            "or keep the adapter in float with swap-onnx --quantize"
+        )
     total = report.total
     if total.relative > WARN_RELATIVE or total.lost_share > WARN_LOST:
         yield (

@@ -28,7 +28,7 @@ class Manifest:
     """The record beside a written model, ``OUT.lora.json``.
 
     Attributes:
-        mode: ``merge-onnx``, ``merge``, ``swap-onnx`` or ``bank-onnx``.
+        mode: ``merge-onnx``, ``merge``, ``swap-onnx``, ``bank-onnx``, ``quantize-onnx`` or ``capture-onnx``.
         base: The base model's files.
         adapters: For each adapter: name, format, sha256, weight in the blend, scaling by module; and
             `Adapter.part` if it is not the whole file.
@@ -38,6 +38,7 @@ class Manifest:
         versions: Versions of the packages that determine the bytes written.
         exposed: LoRA record of a graph with exposed LoRA, see `exposed.LoraRecord`.
         files: All files of the output except the manifest itself, by their path from its folder.
+        quantised: Weights of the graph that were quantised, those that were left, and what it cost.
     """
 
     mode: str
@@ -49,6 +50,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     exposed: dict[str, Any] = field(default_factory=dict)
     files: Mapping[str, FileHash] = field(default_factory=dict)
+    quantised: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     def save(self, path: Path) -> None:

@@ -45,6 +45,12 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def no_other_graph(monkeypatch, tmp_path_factory):
+    """Let no test find a graph that another has left in the cache."""
+    monkeypatch.setenv("LORA_EXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def large(monkeypatch):
     """Let no model be small enough to be compared itself."""

@@ -130,7 +130,7 @@ def test_problems_name_input_and_size():
     assert list(shape_problems(fixed, Workload("run", 2, 64))) == [
         "input_ids has a fixed batch of 1, not 2: give --batch 1",
         "input_ids has a fixed sequence of 128, not 64: give --sequence 128",
-        "image: the size of axis 2 (height) is unknown",
+        "image: the size of axis 2 (height) is unknown: give --shape NAME=SIZE",
     ]
     huge = model(("image", "float32", ("batch", 1 << 20, 1 << 20)))
     assert list(shape_problems(huge, Workload("run", 1, 0))) == [

@@ -29,7 +29,10 @@ import lora_export.storage.outputs
 from lora_export import cli
 from lora_export.storage.commit.lock import locked
 
-VERBS = ("merge", "merge-onnx", "swap-onnx", "convert-adapter", "convert-adapter to a folder")
+VERBS = (
+    *("merge", "merge-onnx", "swap-onnx", "quantize-onnx"),
+    *("convert-adapter", "convert-adapter to a folder"),
+)
 RACES = 30
 Files = dict[str, bytes]
 

@@ -114,7 +114,7 @@ def checked(
     )
     for one in feeds:
         comparison.add(one)
-    judge = Judge("float32", tolerance or Tolerance())
+    judge = Judge(dtype="float32", tolerance=tolerance or Tolerance())
     judge.judge(comparison.tallies)
     return laws.judge(judge), laws
 
@@ -218,7 +218,7 @@ def test_on_a_gpu_each_output_has_its_own_limit():
     )
     for one in FEEDS:
         comparison.add(one)
-    judge = Judge("float32")
+    judge = Judge(dtype="float32")
     judge.judge(comparison.tallies)
     assert judge.limits[A, "rough"].relative > 1e-2
     assert "A→B→A" in failed(laws.judge(judge))
@@ -397,7 +397,7 @@ def test_an_output_without_rows_is_left_to_the_comparison():
     comparison = Comparison(candidate=candidate, reference=Both(), own=None, states=[BASE, A], laws=laws)
     for one in (feed(4), feed(2, 1)):
         comparison.add(one)
-    judge = Judge("float32")
+    judge = Judge(dtype="float32")
     judge.judge(comparison.tallies)
     verdicts = laws.judge(judge)
     assert failed(verdicts) == set()
@@ -470,7 +470,7 @@ def test_rows_in_which_rounding_drowns_the_effect_prove_nothing():
     )
     for one in FEEDS:
         comparison.add(one)
-    judge = Judge("float16")
+    judge = Judge(dtype="float16")
     judge.judge(comparison.tallies)
     mixed = [verdict for verdict in laws.judge(judge) if verdict.name == "mixed batch"]
     assert {verdict.state for verdict in mixed} == {"a", "b"}

@@ -223,7 +223,7 @@ def test_an_export_without_its_adapter_never_passes(
         pytorch = wanted + 10**own * random(seed + 20) + along * moved
     tally = Tally(tolerance=None if tolerance.auto else (1e9, 1e9))
     tally.add(wanted, got, pytorch, without, without if own_base else None)
-    judge = Judge(dtype, tolerance, rounding)
+    judge = Judge(dtype=dtype, tolerance=tolerance, rounding=rounding)
     failed = [verdict for verdict in judge.judge({STATE: {"logits": tally}}) if not verdict.passed]
     assert {verdict.kind for verdict in failed} >= {"effect"}
 
@@ -237,7 +237,7 @@ def test_an_export_with_all_of_its_adapter_passes(dtype, effect, seed):
     lost = STEP[dtype] / 10 * random(seed + 20)
     tally = Tally()
     tally.add(wanted, wanted + lost, wanted - lost, without, None)
-    verdicts = Judge(dtype).judge({STATE: {"logits": tally}})
+    verdicts = Judge(dtype=dtype).judge({STATE: {"logits": tally}})
     assert all(verdict.passed for verdict in verdicts)
     assert {"adapter applied", "error / effect"} <= {verdict.name for verdict in verdicts if verdict.counted}
 
@@ -252,7 +252,7 @@ def test_an_error_passes_up_to_its_limit(times):
     tally = tally_of(wanted, wanted + times * FACTOR * noise, wanted + noise)
     (found,) = [
         verdict
-        for verdict in Judge("float32").judge({BASE: {"logits": tally}})
+        for verdict in Judge(dtype="float32").judge({BASE: {"logits": tally}})
         if verdict.name == "relative error"
     ]
     assert found.value == pytest.approx(times * FACTOR * 1e-4)
@@ -265,7 +265,7 @@ def test_the_worst_layer_of_a_group_is_named():
     layers = {
         f"present.{i}.key": tally_of(wanted, wanted + (i == 2) * 0.5, wanted + 1e-5) for i in range(4)
     } | {"logits": tally_of(wanted, wanted, wanted + 1e-5)}
-    failed = [verdict for verdict in Judge("float32").judge({BASE: layers}) if not verdict.passed]
+    failed = [verdict for verdict in Judge(dtype="float32").judge({BASE: layers}) if not verdict.passed]
     assert failed
     assert {verdict.output for verdict in failed} == {"present.*.key (4)"}
     assert all("present.2.key" in verdict.why for verdict in failed)
@@ -275,9 +275,10 @@ def test_one_bad_position_fails_though_all_others_are_right():
     wanted = random(0, (200, 50, 11))
     got = wanted + 1e-6 * random(1, wanted.shape)
     own = wanted + 1e-6 * random(2, wanted.shape)
-    assert all(v.passed for v in Judge("float32").judge({BASE: {"x": tally_of(wanted, got, own)}}))
+    assert all(v.passed for v in Judge(dtype="float32").judge({BASE: {"x": tally_of(wanted, got, own)}}))
     got[7, 3] += 1e-4
-    failed = [v for v in Judge("float32").judge({BASE: {"x": tally_of(wanted, got, own)}}) if not v.passed]
+    verdicts = Judge(dtype="float32").judge({BASE: {"x": tally_of(wanted, got, own)}})
+    failed = [verdict for verdict in verdicts if not verdict.passed]
     assert [verdict.name for verdict in failed] == ["worst position"]
 
 
@@ -291,7 +292,11 @@ def test_values_that_are_no_numbers_never_pass(value, tolerance, side):
     got = wanted.copy()
     {"candidate": got, "reference": wanted, "reference without adapter": without}[side][1, 2, 3] = value
     tally = tally_of(wanted, got, wanted, without, tolerance=None if tolerance.auto else (1e9, 1e9))
-    failed = [v for v in Judge("float32", tolerance).judge({STATE: {"logits": tally}}) if not v.passed]
+    failed = [
+        v
+        for v in Judge(dtype="float32", tolerance=tolerance).judge({STATE: {"logits": tally}})
+        if not v.passed
+    ]
     (finite,) = [verdict for verdict in failed if verdict.kind == "finite"]
     assert finite.value == 1
     assert f"logits of the {side.partition(' ')[0]}" in finite.why
@@ -306,14 +311,14 @@ def tallies_of(moves: dict[str, float]):
 
 
 def test_adapters_without_any_effect_prove_nothing_and_fail():
-    verdicts = Judge("float32").judge(tallies_of({"a": 0.0, "b": 0.0}))
+    verdicts = Judge(dtype="float32").judge(tallies_of({"a": 0.0, "b": 0.0}))
     failed = [verdict for verdict in verdicts if not verdict.passed]
     assert [(verdict.kind, verdict.state) for verdict in failed] == [("effect", "a"), ("effect", "b")]
     assert all("B = 0" in verdict.why and not verdict.counted for verdict in failed)
 
 
 def test_beside_an_adapter_with_an_effect_one_without_is_said_only():
-    verdicts = Judge("float32").judge(tallies_of({"a": 0.0, "b": 0.1}))
+    verdicts = Judge(dtype="float32").judge(tallies_of({"a": 0.0, "b": 0.1}))
     assert all(verdict.passed for verdict in verdicts)
     (said,) = [verdict for verdict in verdicts if not verdict.counted]
     assert (said.kind, said.state) == ("effect", "a")
@@ -322,7 +327,7 @@ def test_beside_an_adapter_with_an_effect_one_without_is_said_only():
 
 def test_where_the_effect_is_not_known_it_is_said_and_does_not_fail():
     wanted = random(0)
-    verdicts = Judge("float32").judge({STATE: {"logits": tally_of(wanted, wanted)}})
+    verdicts = Judge(dtype="float32").judge({STATE: {"logits": tally_of(wanted, wanted)}})
     assert all(verdict.passed for verdict in verdicts)
     (said,) = [verdict for verdict in verdicts if verdict.kind == "effect"]
     assert not said.counted
@@ -335,7 +340,7 @@ def test_an_output_that_the_adapter_does_not_move_is_not_asked_for_an_effect():
         "encoder_last_hidden_state": tally_of(without, without, None, without),
         "logits": tally_of(without + 0.1, without + 0.1, None, without),
     }
-    effects = [v for v in Judge("float32").judge({STATE: tallies}) if v.kind == "effect"]
+    effects = [v for v in Judge(dtype="float32").judge({STATE: tallies}) if v.kind == "effect"]
     assert {verdict.output for verdict in effects} == {"logits"}
     assert all(verdict.counted for verdict in effects)
 
@@ -344,7 +349,7 @@ def test_a_tolerance_replaces_the_limits_of_errors_alone():
     without = random(0)
     wanted = without + random(1)
     got = wanted + 0.5 * random(2)
-    found = Judge("float32", Tolerance(10, 10)).judge(
+    found = Judge(dtype="float32", tolerance=Tolerance(10, 10)).judge(
         {STATE: {"logits": tally_of(wanted, got, None, without, tolerance=(10, 10))}}
     )
     assert {v.name for v in found if v.kind == "error"} == {"tolerance"}
@@ -360,10 +365,10 @@ def test_with_a_tolerance_what_base_and_adapter_lose_alike_is_no_part_of_the_eff
     tally.add(base + delta, got, None, base, base + noise)
     found = {
         verdict.name: verdict
-        for verdict in Judge("float32", Tolerance(1.0, 1.0)).effects(STATE, {"y": tally})
+        for verdict in Judge(dtype="float32", tolerance=Tolerance(1.0, 1.0)).effects(STATE, {"y": tally})
     }
     assert found["error / effect"].passed == applied
     assert found["adapter applied"].passed == applied
     assert found["error / effect"].value == pytest.approx(0 if applied else 1)
-    strict = {verdict.name: verdict for verdict in Judge("float32").effects(STATE, {"y": tally})}
+    strict = {verdict.name: verdict for verdict in Judge(dtype="float32").effects(STATE, {"y": tally})}
     assert not strict["error / effect"].passed

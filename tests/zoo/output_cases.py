@@ -93,6 +93,11 @@ def capture_onnx(folder, out):
     return ["capture-onnx", checkpoint(folder), "-o", out / "m.onnx"]
 
 
+def quantize_onnx(folder, out):
+    graph, _ = inputs(folder)
+    return ["quantize-onnx", graph, "--to", "int8", "-o", out / "m.onnx"]
+
+
 def build_engine(folder, out):
     return ["build-engine", made(folder / "p.onnx", product), "--target", "sm89", "-o", out]
 
@@ -123,6 +128,7 @@ CASES = {
     "convert-adapter": Case(convert_adapter),
     "convert-adapter to a folder": Case(convert_to_a_folder),
     "capture-onnx": Case(capture_onnx),
+    "quantize-onnx": Case(quantize_onnx),
     "build-engine": Case(build_engine),
     "kit": Case(kit),
     "parity": Case(parity),

@@ -95,10 +95,9 @@ def refuse_large_numbers(folder: Path, config: Any) -> None:
 
 def _refuse_long_tables(folder: Path, config: Any) -> None:
     """Refuse a table of positions, made before any weight is read, that is too long for the weights."""
-    sizes = [getattr(config, name, None) for name in ("max_position_embeddings", "hidden_size")]
-    if config.model_type not in _TABLES or not all(isinstance(size, int) for size in sizes):
+    positions, width = (getattr(config, name, None) for name in ("max_position_embeddings", "hidden_size"))
+    if config.model_type not in _TABLES or not (isinstance(positions, int) and isinstance(width, int)):
         return
-    positions, width = sizes
     stored = weights_bytes(folder)
     if positions * width > _TABLE_VALUES + stored // _BYTES_A_TABLE_VALUE:
         raise CheckpointError(

@@ -28,6 +28,8 @@ CONFIG_KEYS = ("quantization_config", "compression_config")
 _BY_TENSORS = {"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp4"}
 _CODES = {"F8_E4M3", "F8_E5M2", "I8"}
 _FLOAT_SCALES = {"F64", "F32", "F16", "BF16"}
+# Formats of `packed` that transformers needs further packages for.
+_NOT_CAPTURED = ("GPTQ", "AWQ", "compressed-tensors")
 # Scales of the layer's inputs, which stay as they are.
 _OF_INPUTS = re.compile(r"(^|_)(input|activation|act)(_|$)|^scale_(input|output)$|^(output|k|v|q)_scale$")
 # Only these, beside codes, never change what they stand for. Whatever else a format puts there may: scales,
@@ -282,6 +284,26 @@ def refuse_bare_codes(folder: Path) -> None:
             "take their codes for values",
             "give the unquantised base; merge --dtype bfloat16 writes codes with scales as values",
             odd[:_SHOWN],
+        )
+
+
+def refuse_packed(folder: Path) -> None:
+    """Refuse a folder of packed codes that a capture would need other packages for, or take for values.
+
+    Raises:
+        CheckpointError: Weights are stored as `_NOT_CAPTURED` stores them.
+    """
+    try:
+        kinds = dict(packed(Checkpoint.open(folder).tensors))
+    except CheckpointError:  # without safetensors; loading it says what is wrong
+        return
+    found = {name: kind for name, kind in kinds.items() if kind.startswith(_NOT_CAPTURED)}
+    if found:
+        count = {kind: list(found.values()).count(kind) for kind in dict.fromkeys(found.values())}
+        raise CheckpointError(
+            f"{folder} is quantised already, and its codes are not read into a graph",
+            "give the unquantised model, and quantise its graph: --quantize int4, or quantize-onnx",
+            [f"{number} weights as {kind}" for kind, number in count.items()],
         )
 
 

@@ -13,12 +13,14 @@ from lora_export.base.open_base import Base
 from lora_export.base.write_options import WriteOptions
 from lora_export.errors import GraphError
 from lora_export.graph.data_identity import mark_data
-from lora_export.graph.exposed import KEY, LoraRecord
+from lora_export.graph.exposed import KEY, LoraRecord, lora_record_of
 from lora_export.graph.exposed_inputs import size_problems
 from lora_export.graph.external_data import plan_data, write_data
 from lora_export.graph.onnx_file import GraphFile, save_graph
 from lora_export.machines.packages import package_versions
 from lora_export.modes.branches.inputs import ir_type
+from lora_export.modes.quantising.choice import choice_of
+from lora_export.modes.quantising.quantise import QuantisedWeights, Quantising, packages_of, quantise
 from lora_export.plan import Plan
 from lora_export.storage.beside import stage_beside
 from lora_export.storage.hashes import FileHash, hash_content, hash_written
@@ -42,6 +44,7 @@ class ExposeReport:
         dry_run: True if nothing was written.
         warnings: Warnings that a user should not miss.
         reads: Files that were read.
+        quantised: Weights of the base that were quantised; None if all stay floats.
     """
 
     plan: Plan
@@ -52,6 +55,7 @@ class ExposeReport:
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
     reads: tuple[Path, ...] = ()
+    quantised: QuantisedWeights | None = None
 
     def __str__(self) -> str:
         """Return a few lines: what was exposed, warnings, and the files."""
@@ -68,6 +72,7 @@ class ExposeReport:
             "plan": self.plan.as_dict(),
             "warnings": list(self.warnings),
             "exposed": asdict(self.exposed),
+            **({"quantised": self.quantised.as_dict()} if self.quantised else {}),
         }
 
 
@@ -97,6 +102,7 @@ def write_exposed(
         OutputError: A file exists or can't be written.
     """
     paths, out = report.outputs, report.outputs["graph"]
+    report, quantising = _quantised(base, report, options)
     slots, size, shared = plan_data(base.graph, {}, out, base.shared_files)
     report = replace(report, size_bytes=size, shared_bytes=shared, reads=base.reads)
     if report.dry_run:
@@ -120,6 +126,8 @@ def write_exposed(
             rounding="sample",
             progress=options.progress,
         )
+        if quantising:
+            report = replace(report, quantised=quantising.finished())
         own = {name: hash_written(staged["data"], name)}
         own |= mark_data(base.graph.model, base.shared_places(out) | own, paths["manifest"].name)
         save_graph(base.graph.model, staged["graph"])
@@ -128,6 +136,20 @@ def write_exposed(
         _manifest(base, report, adapters, own).save(staged["manifest"])
         outputs.commit(check)
     return report
+
+
+def _quantised(
+    base: Base, report: ExposeReport, options: WriteOptions
+) -> tuple[ExposeReport, Quantising | None]:
+    """Let the base's products read codes, if the user wants that; LoRA tensors stay as they are."""
+    choice = choice_of(options.quantize)
+    if choice is None:
+        return report, None
+    metadata = base.graph.model.metadata_props
+    metadata[KEY] = report.exposed.to_json()
+    quantising = quantise(base.graph, choice)
+    exposed = lora_record_of(metadata, str(base.graph.path))
+    return replace(report, exposed=exposed, quantised=quantising.quantised), quantising
 
 
 def _manifest(
@@ -141,9 +163,10 @@ def _manifest(
         plan=report.plan.as_dict(),
         rounding={},
         outputs=outputs | {"shared_bytes": report.shared_bytes},
-        versions={"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
+        versions={"lora-export": __version__} | package_versions(packages_of(report.quantised)),
         exposed=asdict(report.exposed),
         files=files,
+        quantised=report.quantised.as_dict() if report.quantised else {},
     )
 
 

@@ -28,7 +28,9 @@ from lora_export.graph.captured import (
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.graph.roles import role_of
 
-InputKind = Literal["ids", "types", "positions", "steps", "mask", "past", "bytes", "bools", "values"]
+InputKind = Literal[
+    "ids", "types", "positions", "steps", "mask", "past", "bytes", "bools", "timestep", "values"
+]
 _PAST_NAME = re.compile(r"^past(_key_values|_key|_value|\b)")
 # Operators that don't change ids.
 _SAME_IDS = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
@@ -60,6 +62,8 @@ class InputPort:
             return "past" if rank == 4 and is_float(self.dtype) else None
         if "mask" in name:
             return "mask" if rank == 2 else None
+        if "timestep" in name and self.dtype != np.bool_:
+            return "timestep"
         if is_float(self.dtype):
             return "values"
         if self.dtype == np.bool_:

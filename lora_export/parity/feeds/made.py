@@ -38,6 +38,8 @@ from lora_export.parity.feeds.sizes import LENGTHS, Sizes, chosen_batches, chose
 
 __all__ = ["Feed", "InputPort", "ids_left", "make_feeds", "ports_of_graph", "read_feeds", "rows_of"]
 
+# Steps of a diffusion model's schedule.
+_TIMESTEPS = 1000
 # A cache's keys and values are smaller than the outputs of a layer's norm.
 _PAST_SCALE = 0.5
 # Number of token types if the graph's table can't be seen: BERT's.
@@ -46,6 +48,7 @@ _TYPES = 2
 _MAX_VOCABULARY = 1 << 22
 # Values of all feeds together: eight of four large scans each (Donut's, of 2560 × 1920 pixels).
 _MAX_VALUES = 1 << 29
+_UNCLEAR = "give sizes with --shape NAME=SIZE, or values for all inputs: --feeds FILE.npz or FILE.safetensors"
 _PADDINGS = ("none", "left", "right")
 
 
@@ -59,6 +62,7 @@ def make_feeds(
     vocab_size: int | None = None,
     first: Sequence[int] = (),
     padded: bool = True,
+    long_past: bool = True,
 ) -> list[Feed]:
     """Make feeds for a graph; the same arguments give the same bytes.
 
@@ -78,6 +82,7 @@ def make_feeds(
         vocab_size: Number of token ids; it overrides the metadata, and these the graph's table.
         first: Token ids that are dealt before all others.
         padded: Pad some rows, if the graph has a mask.
+        long_past: Also make feeds of several rows with several new tokens after a past.
 
     Returns:
         ``samples`` feeds with different labels.
@@ -92,7 +97,7 @@ def make_feeds(
     more, tokens = chosen_sequences(sequences, sizes)
     wrong += more + _number_problems(seed, samples, max(len(set(batches or ())), len(set(sequences or ()))))
     if unclear or wrong:
-        hints = ["give values for all inputs: --feeds FILE.npz or FILE.safetensors"] * bool(unclear)
+        hints = [_UNCLEAR] * bool(unclear)
         hints += ["give sizes that the graph takes: --batch, --sequence, --samples, --seed"] * bool(wrong)
         raise BackendError("can't make feeds for the graph", "; ".join(hints), unclear + wrong)
     maker = _Maker(
@@ -102,6 +107,7 @@ def make_feeds(
         seed=seed,
         first=first,
         padded=padded,
+        long_past=long_past,
     )
     pairs = _pairs(rows, tokens)
     return [maker.feed(number, pairs, tokens) for number in range(samples)]
@@ -185,8 +191,9 @@ class _Maker:
         seed: int,
         first: Sequence[int],
         padded: bool,
+        long_past: bool,
     ) -> None:
-        self._ports, self._sizes, self._padded = ports, sizes, padded
+        self._ports, self._sizes, self._padded, self._long_past = ports, sizes, padded, long_past
         self._shared = shared_inputs(ports)
         self._random = np.random.default_rng(seed)
         self._decks = {name: _Deck(size or 0, self._random, first) for name, size in vocabularies.items()}
@@ -200,7 +207,8 @@ class _Maker:
         after = sequences[(sequences.index(sequence) + 1) % len(sequences)]
         least, most = self._sizes.pasts(sequence)
         past = least
-        if (turn + place) % 2 and most > least:
+        fits = self._long_past or batch == 1 or sequence == 1
+        if fits and (turn + place) % 2 and most > least:
             past = int(self._random.integers(min(2, most), most + 1))
         lengths = {BATCH: batch, PAST_SEQUENCE: past, TOTAL_SEQUENCE: past + sequence}
         lengths |= {SEQUENCE: sequence, DECODER_SEQUENCE: after, self._sizes.main: sequence}
@@ -284,6 +292,8 @@ class _Maker:
             return mask[:, mask.shape[1] - shape[1] :]
         if kind == "bytes":
             return random.integers(0, 256, shape)
+        if kind == "timestep":
+            return random.integers(0, _TIMESTEPS, shape)
         if kind == "bools":
             return random.integers(0, 2, shape)
         return random.standard_normal(shape) * (_PAST_SCALE if kind == "past" else 1)

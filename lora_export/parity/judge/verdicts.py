@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from lora_export.parity.judge.limits import (
+    CODES_EFFECT,
     EFFECT_CEILING,
     FACTOR,
     TIES_FACTOR,
+    CodesLoss,
     Limit,
     StatedRounding,
     applied_limit,
@@ -53,7 +55,7 @@ class Tolerance:
         return "auto" if self.auto else f"{self.rtol:g},{self.atol:g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Judge:
     """Judge of tallies.
 
@@ -61,12 +63,16 @@ class Judge:
         dtype: Type whose limits the candidate must keep.
         tolerance: The user's tolerance.
         rounding: Cost of rounding by the merge's manifest; None if nothing was merged or rounded.
+        codes: Loss by quantising; None if the candidate has float weights, or a tolerance is given.
+        switches: True if the candidate can run without the adapter.
         limits: (state, group) → its limits, set as states are judged.
     """
 
     dtype: str
     tolerance: Tolerance = field(default_factory=Tolerance)
     rounding: StatedRounding | None = None
+    codes: CodesLoss | None = None
+    switches: bool = False
     limits: dict[tuple[State, str], Limit] = field(default_factory=dict)
 
     def judge(self, tallies: StateTallies) -> list[Verdict]:
@@ -101,6 +107,7 @@ class Judge:
             effect=effect,
             rounding=self.rounding,
             ties=ties,
+            codes=self.codes,
         )
         each = {
             name: FACTOR * tally.relative(tally.own) + TIES_FACTOR * tally.relative(tally.ties or Distance())
@@ -201,7 +208,12 @@ class Judge:
         ratio = None if own is None else tally.error_over_effect(own)
         ties = 0.0 if tally.ties is None else tally.error_over_effect(tally.ties)
         value = abs(tally.applied(tally.got) - 1)
-        limit, why = applied_limit(self.dtype, share, None if ratio is None else max(ratio, ties))
+        codes = (0.0, "")
+        if self.codes is not None:
+            codes = self.codes.share(tally.effect, self.switches), self.codes.why
+        limit, why = applied_limit(
+            self.dtype, share, None if ratio is None else max(ratio, ties), codes=codes
+        )
         applied = value <= limit
         if not applied:
             why = f"{tally.applied(tally.got):.3g} of the adapter's effect is there; {why}"
@@ -218,8 +230,18 @@ class Judge:
             )
         ]
         # A given tolerance allows for an error of the base, such as quantising, which the drift leaves out.
-        value = (tally.error_over_effect if self.tolerance.auto else tally.drift_over_effect)(tally.got)
-        limit, why = effect_limit(self.dtype, ratio, effect=tally.effect, rounding=self.rounding, ties=ties)
+        whole = self.tolerance.auto and self.codes is None
+        value = (tally.error_over_effect if whole else tally.drift_over_effect)(tally.got)
+        if self.switches and codes[0]:
+            codes = CODES_EFFECT * codes[0], f"{CODES_EFFECT:g} × {codes[1]}"
+        limit, why = effect_limit(
+            self.dtype, ratio, effect=tally.effect, rounding=self.rounding, ties=ties, codes=codes
+        )
+        if value > limit and codes[0] > EFFECT_CEILING:
+            why = (
+                f"codes as coarse as these ({codes[1]}) can hide an effect of {tally.effect:.2g}: it can't "
+                "be shown that the adapter is applied; check the float graph, then quantise it"
+            )
         if value > limit and ratio is not None and ratio > EFFECT_CEILING / 2:
             why = (
                 f"PyTorch itself in {self.dtype} is off by {ratio:.2g} of the effect ({tally.effect:.2g}): "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter, Array
@@ -19,15 +19,20 @@ from lora_export.graph.exposed import UNHASHED, LoraRecord
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.graph.roles import is_batch
 from lora_export.graph.stored_types import StoredTypes, stored_types
+from lora_export.graph.told_sizes import told_sizes
 from lora_export.parity.feeds.made import InputPort, ports_of_graph
-from lora_export.parity.judge.limits import STEP
+from lora_export.parity.judge.limits import STEP, CodesLoss
 from lora_export.parity.result import BASE, State, state_of
+from lora_export.parity.sides.codes import codes_loss
 from lora_export.runtimes.model_file import ModelFile
 from lora_export.runtimes.ort.device import DeviceMemory, Provider, host_value
 from lora_export.runtimes.ort.open import open_session
 from lora_export.runtimes.session import AdapterSession
 from lora_export.runtimes.tensorrt.session import EngineSession
 from lora_export.storage.hashes import hash_file, identity_of
+
+# Operator that gets the number of tokens of a row instead of their places.
+_COUNTS_MASK = "GroupQueryAttention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,8 @@ class About:
         record: The LoRA record; None without exposed LoRA.
         sha256: Identity of the file.
         crossed: Names of outputs that compare each row of one batch with each of another.
+        codes: Loss by quantising; None for float weights, and where nothing tells it.
+        pads: True if its rows may be padded.
     """
 
     path: Path
@@ -59,6 +66,8 @@ class About:
     record: LoraRecord | None = None
     sha256: str = ""
     crossed: frozenset[str] = frozenset()
+    codes: CodesLoss | None = None
+    pads: bool = True
 
     @property
     def dtype(self) -> str:
@@ -276,15 +285,19 @@ def open_candidate(about: About, adapters: Mapping[str, Adapter]) -> Candidate:
     return _OPENED[about.mode](about, adapters)
 
 
-def describe(path: Path, provider: Provider | None) -> About:
+def describe(
+    path: Path, provider: Provider | None, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> About:
     """Read the facts on a graph or an engine without running it.
 
     Args:
         path: Path of the file.
         provider: ``cpu`` or ``cuda``; by default ``cpu`` for a graph, ``cuda`` for an engine.
+        shapes: Sizes that a graph leaves open, by the user, see `graph.told_sizes`.
 
     Raises:
-        BackendError: The engine's record is missing or damaged, or the provider can't run it.
+        BackendError: The sizes don't fit the graph, the engine's record is missing or damaged, or the
+            provider can't run it.
         GraphError: The graph is missing or damaged.
     """
     file = ModelFile.read(path)
@@ -293,14 +306,20 @@ def describe(path: Path, provider: Provider | None) -> About:
             raise BackendError(f"{path.name} is an engine, which runs on a GPU", "give --provider cuda")
         return _describe_engine(file, file.content)
     graph = file.content
+    types = stored_types(graph)
+    ports = ports_of_graph(graph, file.lora_inputs)
+    told = told_sizes(path, [(port.name, port.shape) for port in ports], shapes)
+    told.refuse_unknown((port.name, port.shape) for port in ports)
     return About(
         path=path,
         mode=_mode(file),
         runtime="onnxruntime",
         provider=provider or "cpu",
-        ports=tuple(ports_of_graph(graph, file.lora_inputs)),
+        ports=tuple(replace(port, shape=told.dims(port.name, port.shape)) for port in ports),
         outputs=tuple(output.name or "" for output in graph.graph.outputs),
-        types=stored_types(graph),
+        types=types,
+        codes=codes_loss(graph, types.quantised),
+        pads=not any(node.op_type == _COUNTS_MASK for node in graph.graph.all_nodes()),
         captured=file.captured,
         record=file.lora_record,
         sha256=_identity(graph),

@@ -64,11 +64,13 @@ class ParityOptions:
         tolerance: Tolerance of errors.
         dtype: Type whose limits the candidate must keep; None: the type that it states.
         reference_dtype: Type that PyTorch computes the reference in; None: chosen by the dtype.
+        shapes: Sizes that the candidate leaves open.
     """
 
     tolerance: Tolerance
     dtype: str | None
     reference_dtype: str | None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -139,7 +141,7 @@ def open_sides(
         BackendError: They can't be compared with these options.
         LoraExportError: As for opening a graph, a checkpoint or an adapter.
     """
-    about = describe(candidate, provider)
+    about = describe(candidate, provider, options.shapes)
     _refuse_itself(candidate, reference)
     merged = _merged(about, adapters, weights)
     dtype = options.dtype or about.dtype
@@ -169,6 +171,7 @@ def open_sides(
     opened.about = replace(about, captured=captured)
     claims += dtype_notes(about) if options.dtype is None else []
     reference_dtype = str(opened_reference.about["dtype"])
+    claims += [*_of_codes(about, options.tolerance), *_of_padding(about)]
     notes = [*code, *merged.notes, *claims, *_of_dtypes(about, dtype, reference, reference_dtype)]
     return Sides(
         candidate=opened,
@@ -190,12 +193,34 @@ def _refuse_itself(candidate: Path, reference: Path) -> None:
 
 
 def _refuse_unknown_losses(about: About, tolerance: Tolerance) -> None:
-    if about.types.quantised and tolerance.auto:
+    if about.types.quantised and tolerance.auto and about.codes is None:
         raise BackendError(
             f"{about.path.name} is quantised, and no dtype tells how much that loses",
             "give --tolerance rtol,atol",
             about.types.quantised,
         )
+
+
+def _of_codes(about: About, tolerance: Tolerance) -> list[str]:
+    """Return a note on a quantised candidate whose limits come from what its codes lost."""
+    if about.codes is None or not tolerance.auto:
+        return []
+    return [
+        f"{about.path.name} is quantised to {about.codes.to}, which by its metadata cost "
+        f"{about.codes.relative:.1%} of its weights: the limits are wider by {about.codes.cost:.2g}; "
+        "narrower or wider ones: --tolerance rtol,atol"
+    ]
+
+
+def _of_padding(about: About) -> list[str]:
+    """Return a note on a candidate that gets no padded rows."""
+    if about.pads:
+        return []
+    return [
+        f"{about.path.name} has GroupQueryAttention, which counts a mask's ones and takes them for the first "
+        "tokens: rows are not padded here, and padded on the left they would be wrong; several tokens after "
+        "a past are checked in one row"
+    ]
 
 
 def _merged(about: About, adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Merged:
