@@ -115,10 +115,7 @@ def capture(
     """Capture as `capture_onnx` does, and return the report; ``progress`` gets the bytes just written."""
     choice = choice_of(quantize)
     if choice is not None and share_base:
-        raise OutputError(
-            "codes are new bytes, which the checkpoint's files don't hold",
-            "omit --share-base, or capture without --quantize",
-        )
+        raise _codes_are_new()
     graph = Path(output)
     if is_pipeline(Path(checkpoint)):
         given = {"--kv-cache": kv_cache, "--fused": fused, "--share-base": share_base}
@@ -187,6 +184,13 @@ def _quantised(
     )
     return write_quantised(
         quantising, report, mode="capture-onnx", base=base, outputs=outputs, progress=progress
+    )
+
+
+def _codes_are_new() -> OutputError:
+    return OutputError(
+        "codes are new bytes, which the checkpoint's files don't hold",
+        "omit --share-base, or capture without --quantize",
     )
 
 

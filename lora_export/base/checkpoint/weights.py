@@ -14,8 +14,8 @@ from lora_export.adapter import Adapter, Array
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.names import Names, StoredPart
 from lora_export.base.checkpoint.quantised import Quantised, find_quantised
+from lora_export.base.ties.equal_values import EqualValues
 from lora_export.base.ties.ties import Tie, Ties, find_ties
-from lora_export.base.ties.twins import Twins
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph.data_identity import DataTensor
 from lora_export.graph.onnx_file import GraphFile, shape_of
@@ -40,7 +40,7 @@ class CheckpointWeights:
         self._checkpoint = checkpoint
         self._names = Names(checkpoint)
         self._quantised = find_quantised(checkpoint)
-        self._twins = Twins(self._quantised)
+        self._equal = EqualValues(self._quantised)
         self.parameters = frozenset(checkpoint.tensors)
         self.hints: list[str] = []
 
@@ -70,7 +70,7 @@ class CheckpointWeights:
             self._quantised,
             named=named,
             names=change.names,
-            twins=self._twins,
+            equal=self._equal,
             ties_of=lambda: self._ties,
         )
 
@@ -111,7 +111,7 @@ class AdapterWeights:
         quantised: The checkpoint's values, including those that codes stand for.
         named: The adapter's parameters.
         names: The checkpoint's path for each of them, or None.
-        twins: The checkpoint's parameters of equal values.
+        equal: The checkpoint's parameters of equal values.
         ties_of: Function that finds the ties of the checkpoint's model; called only if needed.
 
     Attributes:
@@ -124,10 +124,10 @@ class AdapterWeights:
         quantised: Quantised,
         named: Sequence[Named],
         names: tuple[str | None, ...],
-        twins: Twins,
+        equal: EqualValues,
         ties_of: Callable[[], Ties],
     ) -> None:
-        self._table, self._quantised, self.names, self._twins = table, quantised, names, twins
+        self._table, self._quantised, self.names, self._equal = table, quantised, names, equal
         self._ties_of = ties_of
         self._by_named = dict(zip(named, names, strict=True))
 
@@ -186,11 +186,11 @@ class AdapterWeights:
     def alike(self, target: Target, dtype: Any) -> tuple[str, list[str]]:
         """Return the name of a target's tensor, and those of others with its shape and some equal values."""
         tensor = self._tensor(target)
-        return tensor, self._twins.alike(tensor, dtype) if tensor else []
+        return tensor, self._equal.alike(tensor, dtype) if tensor else []
 
     def copies(self, target: Target, names: Sequence[str], dtype: Any, table: bool) -> tuple[str, list[str]]:
         """Return the model's name of a target, and those of its copies among the tensors from `alike`."""
-        return self._twins.copies(self._tensor(target), names, dtype, table)
+        return self._equal.copies(self._tensor(target), names, dtype, table)
 
     def _tensor(self, target: Target) -> str:
         """Return the one tensor that holds a target, or an empty text."""

@@ -26,7 +26,7 @@ _LENGTH, _STARTS = 32, (1 / 3, 2 / 3)
 _BLOCK = 1 << 20
 
 
-class Twins:
+class EqualValues:
     """Finder of equal parameters in a checkpoint.
 
     Args:
