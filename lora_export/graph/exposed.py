@@ -289,6 +289,9 @@ def _contradictions(record: LoraRecord) -> Iterator[str]:
             yield f"{where}.dtype: {seen(module.dtype)}, wanted one of {', '.join(_DTYPES)}"
         if not module.members:
             yield f"{where}.members: none, wanted at least one"
+        # The sizes of a group's tensors can't be compared with the graph where its rank is open.
+        if module.groups > 1 and (module.kind != "conv" or module.out_dim % module.groups):
+            yield f"{where}.groups: {module.groups}, for {module.kind} of {module.out_dim} outputs"
         cuts = list(module.cuts)
         if cuts != sorted(set(cuts)) or (module.cuts and module.cuts[-1] >= module.out_dim):
             yield f"{where}.cuts: {cuts}, wanted rising numbers below out_dim {module.out_dim}"

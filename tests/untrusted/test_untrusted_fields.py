@@ -18,7 +18,7 @@ from mutators import places, replaced
 
 from lora_export.demo.greedy import Expected, Greedy
 from lora_export.engines.record import EngineRecord
-from lora_export.errors import LoraExportError
+from lora_export.errors import GraphError, LoraExportError
 from lora_export.graph.captured import DIMS_KEY, MODEL_KEY, Captured
 from lora_export.graph.data_identity import KEY as DATA_KEY
 from lora_export.graph.data_identity import DataIdentity, refuse_changed_data
@@ -297,3 +297,16 @@ def test_the_problems_of_a_file_have_an_end() -> None:
     with pytest.raises(FieldError, match="name: 3, wanted a string") as caught:
         from_plain(Outer, {"name": 3, "inner": [{"start": "x"}] * 5})
     assert len(caught.value.problems) == 6
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("linear", 2), ("linear", 20_000_000), ("conv", 3)])
+def test_groups_that_no_graph_can_have(kind: str, groups: int) -> None:
+    """Zeros for an adapter are made in a group's rank: a record of 3 kB asked for gigabytes."""
+    member = Member(path="m", start=0, out_dim=4)
+    module = ExposedModule(
+        name="m", kind=kind, in_dim=4, out_dim=4, dtype="float32", members=(member,), groups=groups
+    )
+    record = LoraRecord(mode="swap", base="b.onnx", base_sha256="00", modules=(module,), max_rank=4)
+    with pytest.raises(GraphError) as refused:
+        LoraRecord.from_json(record.to_json())
+    assert any(f"groups: {groups}, for {kind} of 4 outputs" in line for line in refused.value.problems)

@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_export.modes.quantising.quantise import QuantisedWeights
 from lora_export.plan import Plan
 from lora_export.storage.rounding import Rounding, rounding_dict, total_of
+
+if TYPE_CHECKING:
+    # Reports of adapters alone need no onnx_ir, which that imports.
+    from lora_export.modes.quantising.quantise import QuantisedWeights
 
 
 @dataclass(frozen=True, kw_only=True)
