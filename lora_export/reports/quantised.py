@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from lora_export.modes.quantising.find import WeightRow
-from lora_export.modes.quantising.quantise import QuantisedWeights
 from lora_export.plan import align
 from lora_export.untrusted.shown import limited
+
+if TYPE_CHECKING:
+    from lora_export.modes.quantising.find import WeightRow
+    from lora_export.modes.quantising.quantise import QuantisedWeights
 
 _NAMED = 3
 
