@@ -75,7 +75,7 @@ def graphs_are_not_proven(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
         from lora_export.graph.proof import Proof
 
         # Nor is a graph taken that another test's capture has left.
-        monkeypatch.setattr(capture, "find", lambda key: None)
+        monkeypatch.setattr(capture, "find", lambda key, tensors: None)
         monkeypatch.setattr(capture, "not_proven", lambda wanted: Proof(of="nothing", reason="a test"))
 
 

@@ -12,8 +12,8 @@ import torch
 import transformers
 from click.testing import CliRunner
 
-from lora_export import GraphError, OutputError, capture_onnx
-from lora_export.base.capture import capture, prove, twin
+from lora_export import GraphError, LoraExportError, OutputError, capture_onnx
+from lora_export.base.capture import capture, kept, prove, twin
 from lora_export.base.capture.outline import build_outline, find_stacks
 from lora_export.cli import root
 from lora_export.graph.onnx_file import load_graph
@@ -66,7 +66,7 @@ def test_a_small_model_is_compared_itself(folder, tmp_path):
     proof = proof_of(graph)
     assert proof["of"] == "model"
     assert 0 < proof["error"] <= proof["limit"]
-    assert proof["runs"] == 4
+    assert proof["runs"] == 5
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -132,11 +132,11 @@ def test_a_wrong_graph_is_not_written(change, size, folder, monkeypatch, tmp_pat
         monkeypatch.setattr(prove, "_OWN_BYTES", 0)
     saved = capture._save
 
-    def spoilt(graph, output):
+    def spoilt(graph, *where):
         before = [str(node) for node in graph.graph]
         change(graph.graph)
         assert [str(node) for node in graph.graph] != before
-        return saved(graph, output)
+        return saved(graph, *where)
 
     monkeypatch.setattr(capture, "_save", spoilt)
     with pytest.raises(GraphError, match="answers otherwise than PyTorch"):
@@ -168,7 +168,7 @@ def test_the_verb(folder, large, tmp_path):
     arguments = ["capture-onnx", str(folder), "-o", str(tmp_path / "m.onnx")]
     result = CliRunner().invoke(root, arguments)
     assert result.exit_code == 0, result.output
-    assert "a small twin of it compared with PyTorch on 4 inputs" in result.output
+    assert "a small twin of it compared with PyTorch on 8 inputs" in result.output
     result = CliRunner().invoke(root, [*arguments, "--force", "--no-twin"])
     assert result.exit_code == 0, result.output
     assert "not compared with PyTorch: it was not asked for" in result.output
@@ -225,8 +225,59 @@ def test_a_damaged_entry_is_not_used(place, folder, large, monkeypatch, tmp_path
     entry.write_bytes(content)
     capture_onnx(folder, tmp_path / "second.onnx")
     assert entry.read_bytes() != content
-    for name in ("onnx", "onnx.data"):
-        assert (tmp_path / f"first.{name}").read_bytes() == (tmp_path / f"second.{name}").read_bytes()
+    assert (tmp_path / "first.onnx.data").read_bytes() == (tmp_path / "second.onnx.data").read_bytes()
+
+
+def test_an_entry_under_another_name_is_not_used(folder, large, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_EXPORT_CACHE", str(tmp_path / "cache"))
+    for cached in (False, True):
+        capture_onnx(folder, tmp_path / f"{cached}.onnx", kv_cache=cached)
+    one, other = (tmp_path / "cache" / "captures").glob("*.onnx")
+    one.write_bytes(other.read_bytes())
+    for cached in (False, True):
+        graph, _ = capture_onnx(folder, tmp_path / f"{cached}.onnx", kv_cache=cached, force=True)
+        assert any(value.name.startswith("past") for value in ir.load(graph).graph.inputs) == cached
+
+
+def test_files_of_the_users_stay_in_the_cache(folder, large, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_EXPORT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept, "_MOST", 1)
+    (tmp_path / "cache" / "captures").mkdir(parents=True)
+    mine = tmp_path / "cache" / "captures" / "mine.onnx"
+    mine.write_bytes(b"mine")
+    for cached in (False, True):
+        capture_onnx(folder, tmp_path / f"{cached}.onnx", kv_cache=cached)
+    assert mine.read_bytes() == b"mine"
+    assert len(list(mine.parent.glob("*.onnx"))) == 2
+
+
+def test_why_there_is_no_twin_is_not_kept(folder, large, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_EXPORT_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(prove, "small_config", lambda *_: 1 / 0)
+        graph, _ = capture_onnx(folder, tmp_path / "m.onnx")
+        assert proof_of(graph)["of"] == "nothing"
+    graph, _ = capture_onnx(folder, tmp_path / "m.onnx", force=True)
+    assert proof_of(graph)["of"] == "twin"
+
+
+def test_a_model_that_goes_another_way_for_long_texts(tmp_path):
+    """BigBird attends in blocks from some length on; what was traced of it attends in full."""
+    config = transformers.BigBirdConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=99
+    )
+    transformers.BigBirdForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(GraphError, match="answers otherwise than PyTorch"):
+        capture_onnx(tmp_path / "base", tmp_path / "m.onnx")
+
+
+def test_weights_that_are_links_are_not_shared(folder, tmp_path):
+    (tmp_path / "base").mkdir()
+    for file in folder.iterdir():
+        (tmp_path / "base" / file.name).symlink_to(file)
+    with pytest.raises(LoraExportError, match=r"links out of|leads out of"):
+        capture_onnx(tmp_path / "base", tmp_path / "base" / "m.onnx", share_base=True)
+    assert not (tmp_path / "base" / "m.onnx").exists()
 
 
 def test_weights_that_stay_in_the_folder(folder, monkeypatch, tmp_path):

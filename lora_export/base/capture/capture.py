@@ -180,9 +180,11 @@ def _write_outlined(
         checkpoint = Checkpoint.open(path)
     except CheckpointError as error:  # other files than safetensors, which transformers may read
         raise CannotOutline(f"{path} can't be traced without its weights: {error.message}") from error
+    if share_from is not None:
+        _refuse_links_out(checkpoint, share_from)
     key = key_of(checkpoint, asdict(way) | {"proven": proven, "shared": share_from is not None})
     # A twin's folder is of this capture alone.
-    kept = None if is_twin else find(key)
+    kept = None if is_twin else find(key, checkpoint.tensors)
     if kept is None:
         loading = look_at(path)
         proof = _twin_proof(path, output, loading, way, proven=proven, in_place=share_from is None)
@@ -191,7 +193,8 @@ def _write_outlined(
         kept = _in_outline(checkpoint, loading, way)
         if proof is not None:
             kept.graph.metadata_props.update(proof.to_metadata())
-        if not is_twin:
+        # Why there is no twin may be over the next time.
+        if not (is_twin or (proven and proof is not None and proof.of == "nothing")):
             keep(key, kept)
     weights = Weights(checkpoint, kept.parts)
     linked = set()
@@ -362,6 +365,22 @@ def _refuse_sharing(path: Path, folder: Path, trace: Trace, replaced: Collection
             f"the weights in {path} can't be shared from {folder}: ONNX Runtime reads external data only "
             "from the model's own folder or below it",
             f"write the output into {path}, or omit --share-base",
+        )
+
+
+def _refuse_links_out(checkpoint: Checkpoint, folder: Path) -> None:
+    """Refuse weights that lie elsewhere by a link, as in Hugging Face's cache."""
+    outside = [
+        str(shard.path)
+        for shard in checkpoint.shards
+        if not shard.path.resolve().is_relative_to(folder.resolve())
+    ]
+    if outside:
+        raise OutputError(
+            f"the weights in {checkpoint.folder} can't be shared: they are links out of {folder}, where ONNX "
+            "Runtime does not read them",
+            "omit --share-base, or copy the folder with what its links lead to",
+            outside,
         )
 
 

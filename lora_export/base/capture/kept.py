@@ -12,7 +12,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +27,7 @@ import lora_export.base.kinds
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.names import StoredPart
 from lora_export.base.kinds.model_kind import PROCESSOR
-from lora_export.errors import LoraExportError, OutputError
+from lora_export.errors import OutputError
 from lora_export.graph.read_model import read_model
 from lora_export.storage.cache_folder import cache_folder, chosen_folder
 from lora_export.storage.outputs import OutputSet
@@ -36,7 +37,8 @@ from lora_export.untrusted.fields import FieldError, check_plain
 from lora_export.untrusted.places import is_file, listed
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "lora-export")
-_PARTS = "lora_export.kept_parts"
+_PARTS, _KEY = "lora_export.kept_parts", "lora_export.kept_key"
+_NAME = re.compile("[0-9a-f]{64}")
 # Says of a weight that its values are not in the file.
 _NOWHERE = "weights"
 _MOST = 200
@@ -93,34 +95,50 @@ def _versions() -> dict[str, str]:
     return {**found, "code": digest.hexdigest()}
 
 
-def find(key: str) -> Kept | None:
-    """Return the graph of a key; None if there is none."""
-    path = _folder() / f"{key}.onnx"
+def find(key: str, tensors: Container[str]) -> Kept | None:
+    """Return the graph of a key; None if there is none.
+
+    Args:
+        key: The key.
+        tensors: Names of the stored tensors.
+    """
+    folder = _folder()
+    if folder is None:
+        return None
+    path = folder / f"{key}.onnx"
     try:
         if not is_file(path):
             return None
         found = seal.find_seal(path)
         if found is not None and found.digest == found.seen(path):
-            kept = _read(path)
+            kept = _read(path, key, tensors)
             with contextlib.suppress(OSError):  # a cache that can't be written to works as well
                 os.utime(path)
             return kept
     except OSError:
         return None
-    except (LoraExportError, FieldError):
+    except Exception:  # whatever a damaged entry leads to: the graph is traced again
         pass
     with contextlib.suppress(OSError):
         path.unlink()
     return None
 
 
-def _read(path: Path) -> Kept:
+def _read(path: Path, key: str, tensors: Container[str]) -> Kept:
     graph = read_model(path)
     graph.metadata_props.pop(seal.KEY, None)
+    if graph.metadata_props.pop(_KEY, "") != key:
+        raise FieldError(["key: another entry's"])
     written = parse_json(graph.metadata_props.pop(_PARTS, "null").encode())
     parts = check_plain(Mapping[str, tuple[StoredPart, ...]], written, "parts")
     weights = {name for name, value in graph.graph.initializers.items() if _is_nowhere(value)}
-    if weights != parts.keys():
+    others = [
+        name
+        for name, value in graph.graph.initializers.items()
+        if isinstance(value.const_value, ir.ExternalTensor) and name not in weights
+    ]
+    stored = all(own and all(part.tensor in tensors for part in own) for own in parts.values())
+    if weights != parts.keys() or others or not stored:
         raise FieldError(["parts: not those of the graph's weights"])
     return Kept(graph=graph, parts=parts)
 
@@ -132,19 +150,24 @@ def _is_nowhere(value: ir.Value) -> bool:
 
 def keep(key: str, kept: Kept) -> None:
     """Keep a graph under a key; where that can't be, nothing happens."""
-    path = _folder() / f"{key}.onnx"
+    folder = _folder()
+    if folder is None:
+        return
+    path = folder / f"{key}.onnx"
     graph = kept.graph
+    graph.metadata_props[_KEY] = key
     graph.metadata_props[_PARTS] = json.dumps(
         {name: [asdict(part) for part in parts] for name, parts in kept.parts.items()}
     )
     with _without_values(graph, kept.parts):
         content = ir.to_proto(graph).SerializeToString(deterministic=True)
-    graph.metadata_props.pop(_PARTS)
+    for entry in (_PARTS, _KEY):
+        graph.metadata_props.pop(entry)
     with contextlib.suppress(OSError, OutputError), OutputSet(force=True, listed=False) as outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
         seal.write_onnx(outputs.stage(path), content)
         outputs.commit()
-        _make_room()
+        _make_room(folder)
 
 
 @contextlib.contextmanager
@@ -165,12 +188,17 @@ def _without_values(graph: ir.Model, names: Mapping[str, object]) -> Iterator[No
             graph.graph.initializers[name].const_value = tensor
 
 
-def _folder() -> Path:
+def _folder() -> Path | None:
+    """Return the folder; None for a user without a home."""
     chosen = chosen_folder()
-    return chosen / "captures" if chosen else cache_folder("captures")
+    try:
+        return chosen / "captures" if chosen else cache_folder("captures")
+    except RuntimeError:
+        return None
 
 
-def _make_room() -> None:
-    found = sorted(listed(_folder(), "*.onnx"), key=lambda path: path.stat().st_mtime)
-    for path in found[:-_MOST]:
+def _make_room(folder: Path) -> None:
+    # Other files there are the user's.
+    own = [path for path in listed(folder, "*.onnx") if _NAME.fullmatch(path.stem)]
+    for path in sorted(own, key=lambda path: path.stat().st_mtime)[:-_MOST]:
         path.unlink()

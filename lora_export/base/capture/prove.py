@@ -87,6 +87,8 @@ def prove_by_twin(folder: Path, loading: Loading, dtype: str, beside: Path, capt
             model, _ = load_model(twin, dtype)
             example_inputs(model, twin)
             capture(twin, graph, dtype)
+        except OSError:  # of the disk, not of the model
+            raise
         except Exception as error:  # of the model's own code, with sizes that it was not written for
             return Proof(
                 of="nothing", reason=f"no small model of its config can be made ({first_line(error)})"
