@@ -17,6 +17,8 @@ from lora_export.storage.rounding import WARN_LOST, WARN_RELATIVE, Rounding
 _EXPLAINED = 0.01
 # Number of tensors that a note names, those with the greatest loss.
 _WORST = 3
+# Values that are compared at a time.
+_BLOCK = 1 << 18
 _EXPONENT = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
 
 
@@ -88,17 +90,25 @@ class Caster:
 
     def _measure(self, label: str, exact: Array, made: Array) -> None:
         """Remember a tensor with values that are too small for its dtype."""
-        # The squares of such values would be too small for float32 as well.
-        wanted, got = exact.astype(np.float64), made.astype(np.float64)
-        changed = wanted != 0
+        error_squared = delta_squared = 0.0
+        count = lost = 0
+        flat, rounded = exact.reshape(-1), made.reshape(-1)
+        for start in range(0, flat.size, _BLOCK):
+            # The squares of such values would be too small for float32 as well.
+            wanted, got = (one[start : start + _BLOCK].astype(np.float64) for one in (flat, rounded))
+            changed = wanted != 0
+            error_squared += float(np.square(got - wanted).sum())
+            delta_squared += float(np.square(wanted).sum())
+            count += int(np.count_nonzero(changed))
+            lost += int(np.count_nonzero(changed & (got == 0)))
         cost = Rounding(
             label=label,
-            elements=wanted.size,
-            measured=wanted.size,
-            error_squared=float(np.square(got - wanted).sum()),
-            delta_squared=float(np.square(wanted).sum()),
-            changed=int(np.count_nonzero(changed)),
-            lost=int(np.count_nonzero(changed & (got == 0))),
+            elements=flat.size,
+            measured=flat.size,
+            error_squared=error_squared,
+            delta_squared=delta_squared,
+            changed=count,
+            lost=lost,
         )
         if cost.lost or cost.relative > _EXPLAINED:
             self.losses.append(cost)

@@ -174,7 +174,8 @@ def _file_problems(files: Sequence[ReportFile], force: bool) -> list[str]:
     problems = []
     for file in files:
         # A missing folder is created when the file is written, after the timing.
-        above = next(parent for parent in file.path.absolute().parents if exists(parent))
+        path = file.path.absolute()
+        above = next((parent for parent in path.parents if exists(parent)), path)
         if not is_folder(above):
             problems.append(f"{file}: {above} is a file, not a folder (choose another name)")
         elif not os.access(above, os.W_OK | os.X_OK):

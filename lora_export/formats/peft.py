@@ -137,9 +137,15 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
         extras=extras,
         extra_tensors=extra_tensors,
         token_rows=token_rows,
-        base_model=config.get("base_model_name_or_path") or None,
+        base_model=_base_named(config),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
     )
+
+
+def _base_named(config: Mapping[str, Any]) -> str | None:
+    """Return the base that a config names; trainers write a name, null or nothing: all else is none."""
+    named = config.get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
 
 
 def _hint(config: Mapping[str, Any], problems: Collection[str]) -> str:

@@ -233,9 +233,13 @@ def _format_of(output: Path, format: str | None, genai: bool) -> str:
 def _check_output(output: Path, form: _Form, file: GraphFile, *, genai: bool) -> None:
     writer = form.writer
     if writer.suffix and output.suffix != writer.suffix:
+        is_folder_name = not output.stem.strip(".")
+        better_name = (
+            output / f"adapter{writer.suffix}" if is_folder_name else output.with_suffix(writer.suffix)
+        )
         raise OutputError(
             f"the output {output} does not end in {writer.suffix}, which {form.name} files do",
-            f"-o {output.with_suffix(writer.suffix)}",
+            f"-o {better_name}",
         )
     if genai != writer.foreign:
         names = "onnxruntime-genai's own names" if genai else "the names of ONNX Runtime's adapters"

@@ -134,7 +134,13 @@ class Judge:
             return []
         if not self.tolerance.auto:
             return [self._within(state, group, usable, label)]
-        relative = max(usable.items(), key=lambda item: item[1].relative(item[1].got) / limit.of(item[0])[0])
+
+        def share_of_limit(item: tuple[str, Tally]) -> float:
+            # The limit is 0 where squares of the reference's values are infinite.
+            allowed, error = limit.of(item[0])[0], item[1].relative(item[1].got)
+            return error / allowed if allowed else math.inf
+
+        relative = max(usable.items(), key=share_of_limit)
         worst = max(usable.items(), key=lambda item: item[1].worst(item[1].got))
         allowed, why = limit.of(relative[0])
         shown = f"{group} ({len(members)})" if len(members) > 1 else next(iter(members))
