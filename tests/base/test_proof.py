@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -266,18 +268,21 @@ def test_a_model_that_goes_another_way_for_long_texts(tmp_path):
     config = transformers.BigBirdConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=99
     )
-    transformers.BigBirdForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    transformers.BigBirdForMaskedLM(config).save_pretrained(tmp_path / "base")
     with pytest.raises(GraphError, match="answers otherwise than PyTorch"):
         capture_onnx(tmp_path / "base", tmp_path / "m.onnx")
 
 
 def test_weights_that_are_links_are_not_shared(folder, tmp_path):
-    (tmp_path / "base").mkdir()
-    for file in folder.iterdir():
-        (tmp_path / "base" / file.name).symlink_to(file)
-    with pytest.raises(LoraExportError, match=r"links out of|leads out of"):
-        capture_onnx(tmp_path / "base", tmp_path / "base" / "m.onnx", share_base=True)
-    assert not (tmp_path / "base" / "m.onnx").exists()
+    """As in Hugging Face's cache, where a snapshot's files are links to blobs beside it."""
+    base, blobs = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "models--a--b" / "blobs"
+    base.mkdir(parents=True)
+    shutil.copytree(folder, blobs)
+    for file in blobs.iterdir():
+        (base / file.name).symlink_to(Path("..", "..", "blobs", file.name))
+    with pytest.raises(LoraExportError, match=r"links out of"):
+        capture_onnx(base, base / "m.onnx", share_base=True)
+    assert not (base / "m.onnx").exists()
 
 
 def test_weights_that_stay_in_the_folder(folder, monkeypatch, tmp_path):
