@@ -6,8 +6,19 @@ imported.
 
 from __future__ import annotations
 
-import contextlib
 import os
+import sys
+
+# `python -m` looks for modules in the current folder first, which may be a stranger's: a click.py there would
+# run. Modules of lora_export are found in its own folder, wherever that lies.
+if __name__ == "__main__" and not sys.flags.safe_path:
+    try:
+        if sys.path[0] == os.getcwd():  # noqa: PTH109
+            del sys.path[0]
+    except FileNotFoundError:  # the folder is gone, and Python has put none there
+        pass
+
+import contextlib
 import signal
 
 

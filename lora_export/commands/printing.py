@@ -6,6 +6,7 @@ character that a terminal would act on becomes a JSON escape.
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from lora_export.untrusted.shown import MAX_LINE, error_lines, limited, shown_li
 
 # "##[" and "##vso[", which CI services obey anywhere in a line.
 _ANYWHERE = re.compile(r"##(?:\w+)?\[")
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
 
 # Number of characters that are looked up once: there are a million of them.
 _KEPT = 1 << 14
@@ -36,11 +38,15 @@ class _Acting(dict[int, str]):
     def __missing__(self, code: int) -> str:
         character = chr(code)
         if character != "\n" and not character.isprintable():
-            units = character.encode("utf-16-be", "surrogatepass")
-            character = "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
+            character = _json_escape(character)
         if len(self) < _KEPT:
             self[code] = character
         return character
+
+
+def _json_escape(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
 
 
 class _ShownRecord(logging.LogRecord):
@@ -68,8 +74,9 @@ class JsonAnswer:
 
 
 def guard_libraries() -> None:
-    """Make the log records and warnings of libraries safe to print, whoever prints them."""
+    """Make the log records and warnings of libraries safe to print, whoever prints them, on any terminal."""
     _open_streams()
+    _take_any_text()
     logging.setLogRecordFactory(_ShownRecord)
     warnings.formatwarning = _formatted_warning
 
@@ -93,6 +100,16 @@ def _open_streams() -> None:
     # Only now: a file that is opened before takes one of the numbers itself.
     for number, name in closed.items():
         setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115, PTH123
+
+
+def _take_any_text() -> None:
+    """Let standard streams write what their encoding (ISO-8859-1, cp1252) doesn't have as an escape.
+
+    Otherwise a report of an hour's work, or a help text, would end in an error at its first arrow.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _formatted_warning(
@@ -123,10 +140,16 @@ def print_json(text: str) -> None:
     exact = text.translate(_Acting())
     if _ANYWHERE.search(exact):
         exact = exact.replace("##", "\\u0023\\u0023")
+    if not _is_utf8(getattr(sys.stdout, "encoding", None)):
+        exact = _BEYOND_ASCII.sub(lambda found: _json_escape(found[0]), exact)
     context = click.get_current_context(silent=True)
     if context is not None and isinstance(context.obj, JsonAnswer):
         context.obj.is_given = True
     spoken(lambda: click.echo(exact))
+
+
+def _is_utf8(encoding: str | None) -> bool:
+    return encoding is None or codecs.lookup(encoding).name == "utf-8"
 
 
 def print_error(error: LoraExportError) -> None:

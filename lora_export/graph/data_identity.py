@@ -28,6 +28,7 @@ from lora_export.storage.hashes import FileHash, hash_file
 from lora_export.storage.inputs import refuse_changed_inputs
 from lora_export.untrusted.documents import json_of
 from lora_export.untrusted.fields import FieldError, from_plain
+from lora_export.untrusted.links import RealPaths
 from lora_export.untrusted.places import is_file
 
 KEY = "lora_export.data"
@@ -52,7 +53,7 @@ class DataIdentity:
     manifest: str = ""
 
 
-def place_problem(path: Path, location: str) -> str:
+def place_problem(path: Path, location: str, real_of: Callable[[Path], str] = os.path.realpath) -> str:
     """Return the reason why a graph may not have its data at a place, or "".
 
     The rule is ONNX Runtime's (``ValidateExternalDataPath``, ``tensorprotoutils.cc`` of 1.32): a relative
@@ -62,11 +63,12 @@ def place_problem(path: Path, location: str) -> str:
     Args:
         path: The graph's file.
         location: Path of the data file from the graph's folder.
+        real_of: Function that returns a real path; `RealPaths.of` for many files.
     """
     if "\0" in location or Path(location).is_absolute() or ".." in Path(location).parts:
         return f"external data at {location!r} is outside the model's folder"
-    found = os.path.realpath(path.parent / location)
-    folders = {os.path.realpath(path.parent), os.path.dirname(os.path.realpath(path))}  # noqa: PTH120
+    found = real_of(path.parent / location)
+    folders = {real_of(path.parent), os.path.dirname(real_of(path))}  # noqa: PTH120
     if any(os.path.commonpath([folder, found]) == folder for folder in folders):
         return ""
     return f"external data at {location!r} leads out of the model's folder, to {found}"
@@ -203,7 +205,8 @@ def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callabl
     identity = read_identity(metadata, path)
     if identity is None:
         return
-    outside = [problem for place in identity.files if (problem := place_problem(path, place))]
+    real_of = RealPaths().of
+    outside = [problem for place in identity.files if (problem := place_problem(path, place, real_of))]
     if outside:
         raise GraphError(
             f"{path}: the metadata entry {KEY!r} names files that can't be the graph's",

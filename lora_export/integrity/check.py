@@ -17,7 +17,7 @@ from lora_export.storage.hashes import hash_file, identity_of, is_sampled
 from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.listed import NAME as SUMS
 from lora_export.storage.sums.seal import find_seal
-from lora_export.untrusted.links import leads_out
+from lora_export.untrusted.links import RealPaths, leads_out
 from lora_export.untrusted.places import is_file, is_folder, is_there
 from lora_export.untrusted.shown import limited, shown
 
@@ -160,7 +160,7 @@ def _files(path: Path) -> Iterator[tuple[Path, str]]:
         names = Counter[str]()
         for beside in sorted(path.parent.iterdir()):
             if beside != path and is_file(beside):
-                _count_name(names, beside)
+                _count_name(names, beside, os.path.realpath(beside))
                 if _may_name(beside, path):
                     yield beside, ""
         return
@@ -170,9 +170,8 @@ def _files(path: Path) -> Iterator[tuple[Path, str]]:
         yield found
 
 
-def _count_name(names: Counter[str], path: Path) -> None:
-    """Count one more name of a file; raise if there are too many."""
-    real = os.path.realpath(path)
+def _count_name(names: Counter[str], path: Path, real: str) -> None:
+    """Count one more name of a file, by its real path; raise if there are too many."""
     names[real] += 1
     if names[real] > _MOST_NAMES:
         raise LoraExportError(f"{path} is one of more than {_MOST_NAMES} links to {real}", "remove the links")
@@ -210,6 +209,7 @@ class _Check:
     _named: list[Path] = field(default_factory=list)
     _names: Counter[str] = field(default_factory=Counter)
     _absent: int = 0
+    _real: RealPaths = field(default_factory=RealPaths)
 
     def look_at_all(self, paths: Iterable[tuple[Path, str]], given: Path) -> None:
         """Check files and the files that they describe, which may describe others in turn.
@@ -229,15 +229,15 @@ class _Check:
     def _look_at(self, path: Path, given: Path) -> None:
         """Compare a file with its own seal, and the files that it describes with their descriptions."""
         # By its name, too: what a file says of others is known by that, and a link may have another one.
-        if (known := (os.path.realpath(path), path.name)) in self._seen:
+        if (known := (self._real.of(path), path.name)) in self._seen:
             return
         self._seen.add(known)
-        _count_name(self._names, path)
+        _count_name(self._names, path, known[0])
         state = self._state(path)
         state.matters |= matters(path, given if is_folder(given) else path.parent)
         # What may describe files is refused by its own reader.
         may_describe = path.suffix == ".json" or path.name == SUMS
-        if is_folder(given) and leads_out(path, given) and not may_describe:
+        if is_folder(given) and leads_out(path, given, self._real.of) and not may_describe:
             if state.matters:
                 state.add("outside", path.name, _OUTSIDE)
             return
@@ -264,7 +264,7 @@ class _Check:
             state.add("ok", path.name)  # all of its characters are compared with something
         elif seal is None and description.claims:
             state.add("unhashed", path.name, _EARLIER)
-        for claim in description.claims:
+        for claim in dict.fromkeys(description.claims):  # a list may say one thing many times
             self._compare(claim, path)
         self._compare_identity(description, path)
         claimed = {claim.place for claim in description.claims}
@@ -279,7 +279,7 @@ class _Check:
 
     def _state(self, path: Path) -> CheckedFile:
         shown = Path(os.path.normpath(path))
-        key = os.path.join(os.path.realpath(shown.parent), shown.name)  # noqa: PTH118
+        key = os.path.join(self._real.of(shown.parent), shown.name)  # noqa: PTH118
         return self.states.setdefault(key, CheckedFile(path=shown))
 
     def _compare(self, claim: Claim, by: Path) -> None:
@@ -303,7 +303,7 @@ class _Check:
 
     def _is_outside(self, place: str, by: Path) -> bool:
         """Return whether a place that a file names is out of its folder, after adding that finding."""
-        if not place_problem(by, place):
+        if not place_problem(by, place, self._real.of):
             return False
         # Not joined: a claim may not be about a file elsewhere.
         key = f"{by}\0{place}"
@@ -339,7 +339,7 @@ class _Check:
             state.add("ok", by.name)
 
     def _digest(self, path: Path, algorithm: str, size: int) -> str:
-        key = (os.path.realpath(path), algorithm)
+        key = (self._real.of(path), algorithm)
         if key not in self._digests:
             self._digests[key] = file_digest(path, algorithm)
             self.progress(size)
@@ -350,7 +350,7 @@ class _Check:
         if not description.identity:
             return
         paths = [by.parent / claim.place for claim in description.claims]
-        inside = not any(place_problem(by, claim.place) for claim in description.claims)
+        inside = not any(place_problem(by, claim.place, self._real.of) for claim in description.claims)
         if not inside or not all(map(is_file, paths)):
             return
         self.compared += 1

@@ -8,7 +8,7 @@ full of links: ``models--x/snapshots/COMMIT/config.json`` leads to ``models--x/b
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from lora_export.errors import LoraExportError
@@ -16,6 +16,44 @@ from lora_export.untrusted.places import exists, is_file, is_folder, is_link, is
 
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
 _HINT = "put the files themselves into the folder in place of the links, or remove the links"
+
+
+# So many real paths are kept at once: a list may name any number of files.
+_KEPT = 1 << 10
+
+
+class RealPaths:
+    """Real paths of many files, as of ``os.path.realpath``, which looks at every folder above each of them.
+
+    A short list may name thousands of files a thousand folders down. Here a folder is resolved once.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Path, str] = {}
+
+    def of(self, path: Path) -> str:
+        """Return the path of a file or folder with all links followed."""
+        if (known := self._known.get(path)) is not None:
+            return known
+        if path.name in ("", os.pardir) or _may_be_link(path):
+            return self._keep(path, os.path.realpath(path))
+        folder = self._known.get(path.parent)
+        if folder is None:
+            folder = self._keep(path.parent, os.path.realpath(path.parent))
+        return self._keep(path, os.path.join(folder, path.name))  # noqa: PTH118
+
+    def _keep(self, path: Path, real: str) -> str:
+        if len(self._known) >= _KEPT:
+            self._known.clear()
+        self._known[path] = real
+        return real
+
+
+def _may_be_link(path: Path) -> bool:
+    try:
+        return is_link(path)
+    except OSError:  # its folder can't be searched
+        return True
 
 
 def refuse_links(folder: Path, paths: Iterable[Path], error: type[LoraExportError]) -> None:
@@ -44,19 +82,20 @@ def refuse_link(path: Path, given: Path, error: type[LoraExportError]) -> None:
         raise error(f"{path} {problem}", _HINT)
 
 
-def leads_out(path: Path, given: Path) -> str:
+def leads_out(path: Path, given: Path, real_of: Callable[[Path], str] = os.path.realpath) -> str:
     """Return what is wrong with a file that we looked for: it is a link out of the folder; or "".
 
     Args:
         path: The file.
         given: The folder or file that the user named. A file may be a link itself; what belongs to it may
             lie beside either of its two places.
+        real_of: Function that returns a real path; `RealPaths.of` for many files.
     """
     folder = given if is_folder(given) else given.parent
-    allowed = [os.path.realpath(folder), *_blobs(folder)]
+    allowed = [real_of(folder), *_blobs(real_of(folder))]
     if folder is not given:
-        allowed.append(os.path.dirname(os.path.realpath(given)))  # noqa: PTH120
-    real = os.path.realpath(path)
+        allowed.append(os.path.dirname(real_of(given)))  # noqa: PTH120
+    real = real_of(path)
     return "" if _lies_in(real, allowed) else f"is a link out of the folder, to {real}"
 
 
@@ -67,7 +106,7 @@ def link_problems(folder: Path, paths: Iterable[Path]) -> list[str]:
         folder: The folder.
         paths: Of files in it, or below it.
     """
-    allowed = [os.path.realpath(folder), *_blobs(folder)]
+    allowed = [found := os.path.realpath(folder), *_blobs(found)]
     problems = []
     for path in paths:
         real, name = os.path.realpath(path), path.relative_to(folder)
@@ -86,9 +125,9 @@ def _lies_in(real: str, allowed: Iterable[str]) -> bool:
     return any(os.path.commonpath([place, real]) == place for place in allowed)
 
 
-def _blobs(folder: Path) -> Iterator[str]:
-    """Yield where the files of a snapshot in Hugging Face's cache lie."""
-    real = Path(os.path.realpath(folder))
+def _blobs(folder: str) -> Iterator[str]:
+    """Yield where the files of a snapshot in Hugging Face's cache lie, by the snapshot's real path."""
+    real = Path(folder)
     for place in (real, *real.parents):
         if place.parent.name == _SNAPSHOTS:
             yield str(place.parent.parent / _BLOBS)

@@ -1,12 +1,15 @@
-"""A process without stdin, stdout or stderr (``2>&-``, services): verbs do what they do, and say less."""
+"""A process without stdin, stdout or stderr (``2>&-``, services), or with few letters, still works."""
 
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from session_graphs import base, both
@@ -60,6 +63,31 @@ def test_a_verb_without_standard_streams(verb, files, tmp_path):
         assert found.stderr == ("" if closed in ("stderr", "all") else usual.stderr)
         assert {path.name: path.read_bytes() for path in (tmp_path / "usual").iterdir()} == wanted
         shutil.rmtree(tmp_path / "usual")
+
+
+def encoded(encoding, *words):
+    command = [sys.executable, "-m", "lora_export", *map(str, words)]
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    return subprocess.run(command, capture_output=True, encoding=encoding, env=env, check=False)
+
+
+@pytest.mark.parametrize("verb", ["targets", "--help", "parity --help"])
+def test_an_encoding_that_lacks_characters_has_escapes_for_them(verb):
+    usual, lacking = (encoded(name, *verb.split()) for name in ("utf-8", "latin-1"))
+    wanted = usual.stdout.encode("latin-1", "backslashreplace").decode("latin-1")
+    assert wanted != usual.stdout
+    assert (lacking.returncode, lacking.stdout, lacking.stderr) == (0, wanted, usual.stderr)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "koi8-r", "utf-8"])
+def test_json_is_json_in_every_encoding(encoding, files, tmp_path):
+    names = ["é.onnx", "日本.onnx", "\U0001d54f.onnx"]
+    for name in names:
+        shutil.copy(files / "swap.onnx", tmp_path / name)
+    done = encoded(encoding, "verify", "--json", tmp_path)
+    assert done.returncode < 4, done.stderr
+    found = {Path(file["path"]).name for file in json.loads(done.stdout)["files"]}
+    assert found >= set(names)
 
 
 def test_what_c_writes_to_stderr_reaches_no_output(tmp_path):

@@ -36,6 +36,20 @@ def test_python_minus_m():
     assert "lora-export" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def test_python_minus_m_runs_nothing_of_the_current_folder(tmp_path):
+    loaded = "import sys, lora_export.cli; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    # Python imports some of its own before any code of ours.
+    names = set(done.stdout.split()) - sys.stdlib_module_names - {"__main__", "lora_export"}
+    assert "click" in names
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})")
+    command = [sys.executable, "-m", "lora_export", "targets"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
 def test_without_a_verb_the_way_of_the_data_is_shown(capsys):
     assert _run([], False) == 2
     said = capsys.readouterr()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import peaks
@@ -13,6 +15,7 @@ from lora_export.errors import LoraExportError
 from lora_export.integrity.check import verify
 from lora_export.storage.hashes import sha256_of
 from lora_export.storage.sums.listed import read_sums
+from lora_export.untrusted.links import RealPaths
 
 HEX = "0" * 64
 
@@ -74,3 +77,64 @@ def test_a_file_with_very_many_names_is_not_read_for_each(tmp_path: Path) -> Non
         with pytest.raises(LoraExportError, match="more than 64 links") as caught:
             verify(given)
         assert "remove" in caught.value.hint
+
+
+def resolved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return how often verify follows the links of a whole path."""
+    count = 0
+
+    def counted(path: str | Path, real_of: Callable[..., str] = os.path.realpath) -> str:
+        nonlocal count
+        count += 1
+        return real_of(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "realpath", counted)
+        verify(folder)
+    return count
+
+
+@pytest.mark.parametrize("kind", ["one name", "many names", "absent", "manifest"])
+def test_a_claim_does_not_follow_the_links_of_every_folder_above(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deep(count: int) -> Path:
+        folder = written(tmp_path / str(count), "top.txt", "a")
+        names = ["top.txt", *(f"d/d/d/{'x' if kind == 'one name' else i}" for i in range(count))]
+        for name in names[1:] if kind != "absent" else ():
+            written(folder / "d/d/d", name.rpartition("/")[2], "a")
+        digest = sha256_of(folder / "top.txt")
+        if kind == "manifest":
+            files = {name: {"name": name, "sha256": digest, "size_bytes": 1} for name in names}
+            return written(folder, "m.lora.json", json.dumps({"files": files}))
+        return written(folder, "SHA256SUMS", "".join(f"{digest}  {name}\n" for name in names))
+
+    assert resolved(deep(40), monkeypatch) == resolved(deep(4), monkeypatch)
+
+
+def test_real_paths_are_those_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    written(tmp_path / "a/b", "file", "a")
+    for name, leads_to in {
+        "folder": "a/b",
+        "link": "folder/file",
+        "nowhere": "x/y",
+        "loop": "loop",
+        "a/b/up": "../..",
+    }.items():
+        (tmp_path / name).symlink_to(leads_to)
+    names = ["a/b/file", "a/b", "folder/file", "folder/../b", "link", "nowhere", "nowhere/z", "loop/z"]
+    names += [
+        "a/b/up/link",
+        "a/b/up/a/b/up/folder/file",
+        "absent/x/y",
+        "link/x",
+        "..",
+        "",
+        "a/../link",
+        "x" * 300,
+    ]
+    real = RealPaths()
+    for _ in range(2):
+        for path in (tmp_path / name for name in names):
+            assert real.of(path) == os.path.realpath(path)

@@ -15,6 +15,7 @@ from onnx import helper
 
 from lora_export.engines.plan import BuildRequest
 from lora_export.packages.build_kit import write_kits
+from lora_export.storage.commit.leftovers import tidy
 
 ENGINE = "m.orin-nano-8gb.engine"
 # Writes an engine, or fails with a log that a stranger's names have made.
@@ -170,3 +171,86 @@ def test_nothing_beside_the_scripts_is_imported(kit: Path, tmp_path: Path) -> No
     done = built(kit, str(own / "build.sh"), "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "mark").is_file()
+
+
+# Kills finish.py before one of its calls that change names, and the shell that waits for it, if told so.
+KILLED = """
+import os, pathlib, runpy, signal, sys
+left = [int(os.environ["AT"])]
+def wrapped(place, name):
+    own = getattr(place, name)
+    def call(*arguments, **options):
+        left[0] -= 1
+        if not left[0]:
+            if os.environ["SHELL_TOO"]:
+                os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(*arguments, **options)
+    setattr(place, name, call)
+for name in ("rename", "replace", "unlink"):
+    wrapped(pathlib.Path, name)
+wrapped(os, "link")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# What the script calls "python3 -I -S", which imports no sitecustomize.
+PYTHON = """#!/bin/sh
+case $3 in
+  *finish.py) [ $# -lt 5 ] || { shift 2; exec {python} {hook} "$@"; } ;;
+esac
+exec {python} "$@"
+"""
+
+
+def visible(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.mark.parametrize("by", ["kit", "lora-export", "its shell"])
+def test_a_kit_killed_while_files_get_their_names_leaves_the_old_or_the_new_ones(
+    by: str, kit: Path, tmp_path: Path
+) -> None:
+    hook, tools = tmp_path / "hook.py", tmp_path / "tools"
+    hook.write_text(KILLED)
+    tools.mkdir()
+    wrapper = PYTHON.replace("{python}", sys.executable).replace("{hook}", str(hook))
+    (tools / "python3").write_text(wrapper)
+    (tools / "python3").chmod(0o755)
+    trtexec = kit.parents[1] / "trtexec"
+    other = tmp_path / "other"
+    other.write_text(trtexec.read_text().replace('b"0" * 60', 'b"1" * 70').replace("10.13.3", "10.14.1"))
+    other.chmod(0o755)
+    both = {}
+    for tool in (trtexec, other):
+        out = tmp_path / f"{tool.name}.out"
+        build = ["sh", str(kit / "build.sh"), str(out)]
+        subprocess.run(build, env={**os.environ, "TRTEXEC": str(tool)}, check=True, capture_output=True)
+        both[tool] = visible(out)
+    ends = []
+    for at in range(1, 30):
+        out = tmp_path / f"out{at}"
+        shutil.copytree(tmp_path / "trtexec.out", out)
+        build = ["sh", str(kit / "build.sh"), str(out)]
+        env = {
+            **os.environ,
+            "TRTEXEC": str(other),
+            "AT": str(at),
+            "SHELL_TOO": "" if by == "its shell" else "1",
+        }
+        path = f"{tools}:{os.environ['PATH']}"
+        killed = subprocess.run(build, env={**env, "PATH": path}, capture_output=True, check=False)
+        if by == "kit":
+            subprocess.run(
+                build, env={**env, "SAY": "", "TRTEXEC": str(trtexec)}, capture_output=True, check=False
+            )
+        elif by == "lora-export":
+            tidy(out)
+        found = {name: data for name, data in visible(out).items() if not name.endswith(".failed.log")}
+        assert found in both.values(), at
+        assert not list(out.glob(".lora-export-*")), at
+        ends.append(found == both[other])
+        if killed.returncode == 0:
+            break
+    assert killed.returncode == 0
+    assert ends == sorted(ends)
+    assert set(ends) == {True, False}

@@ -1,6 +1,7 @@
 """Name and lock the temporary files of one run of a kit as lora-export does, and remove those of ended runs.
 
 Usage: python3 begin.py OUT             removes what ended runs have left in OUT, and prints a new identity
+       python3 begin.py put-back OWN    puts back what finish.py was replacing from OWN when it was killed
        python3 begin.py OUT LEASE FILE  locks the open FILE (its number), which is at LEASE
 The shell keeps FILE open as long as it runs, and so does what it calls: the kernel tells by the lock whether
 all of them have ended. lora-export finds and removes what they left by the same names and lock.
@@ -80,6 +81,7 @@ def remove(lease: Path, own: Path) -> None:
         if found.st_uid != os.geteuid() or found.st_size or not take(handle, lease):
             return
         if not alone:
+            put_back(own)
             shutil.rmtree(str(own))
         lease.unlink()
         if not alone:
@@ -88,8 +90,42 @@ def remove(lease: Path, own: Path) -> None:
         os.close(handle)
 
 
+def put_back(own: Path) -> None:
+    """Give an old engine its names again if the run of this folder ended while the new files got theirs.
+
+    finish.py moves the old record away first and the new one in last. So as long as the new one is still in
+    this folder, and no other run's stands beside the engine, the old files belong together there.
+
+    Raises:
+        OSError: A file can't be renamed, or another run gives names just now.
+    """
+    # The record last here, too.
+    old = sorted(own.glob("*.old"), key=lambda path: path.name.endswith(".json.old"))
+    if not old or not os.path.lexists(str(own / "record.json")):
+        return
+    targets = [own.parent / path.name[: -len(".old")] for path in old]
+    lock = own.parent / ".lora-export.lock"
+    with lock.open("ab") as held:
+        if take(held.fileno(), lock) is False:
+            raise BlockingIOError
+        try:
+            if any(os.path.lexists(str(target.with_suffix(".json"))) for target in targets):
+                return
+            for path in old:
+                path.replace(own.parent / path.name[: -len(".old")])
+            print(f"put back {targets[0]}: an ended run had not replaced it whole", file=sys.stderr)
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+
+
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
+    if sys.argv[1] == "put-back":
+        try:
+            put_back(Path(sys.argv[2]))
+        except OSError as failure:
+            sys.exit(f"Error: cannot put back the old engine: {failure}")
+    elif len(sys.argv) == 2:
         remove_left(Path(sys.argv[1]))
         try:
             print(f"{kernel()}-{os.getpid()}-{secrets.token_hex(6)}", flush=True)

@@ -84,6 +84,8 @@ if ! "$tool" --onnx="$kit"/@MODEL@ --saveEngine="$own/engine" \
   exit 1
 fi
 if ! python3 -I -S "$kit/finish.py" "$kit/record.json" "$own/engine" "$own/log" "$out/$engine"; then
+  # It may have been killed while files got their names. What can't be put back stays for the next run.
+  python3 -I -S "$kit/begin.py" put-back "$own" || trap - EXIT
   keep_log
   printf 'hint: the messages of %s are in %s\n' "$tool" "$log" >&2
   exit 1

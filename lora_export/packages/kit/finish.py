@@ -84,7 +84,8 @@ def give_names(files: dict[Path, Path]) -> None:
     """Give files their names, the record last, while no other run does so in that folder.
 
     The old record is put aside first: a run that is stopped in between leaves an engine without a record,
-    never an engine with another engine's record. After an error the old files are put back.
+    never an engine with another engine's record. After an error the old files are put back; if the run is
+    killed, by whoever finds its folder next (put_back of begin.py, or lora-export).
 
     Args:
         files: Final path → present path; the record last.

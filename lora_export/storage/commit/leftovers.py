@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_export.errors import OutputError
+from lora_export.storage.commit.kits import put_back_engine
 from lora_export.storage.commit.lease import (
     IDENTITY,
     LEASE,
@@ -246,6 +247,8 @@ class _Settling:
             left = [path for folder in folders for path in self._names(folder)]
             if any(path.name.endswith(RETIRED) for path in left):  # no lease lists them
                 self.outcome.unknown += left
+                return
+            if not all(put_back_engine(path, self.calm) for path in left):
                 return
             self.outcome.has_changed = True
             are_gone = [self._give_up(path) for path in left]
