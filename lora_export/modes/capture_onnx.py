@@ -147,19 +147,23 @@ def capture(
             share_from=graph.parent if share_base else None,
         )
         if choice is None:
-            data = paths["data"]
-            has_data = is_file(made.with_name(data.name))
-            if has_data:
-                made.with_name(data.name).replace(outputs.stage(data))
-            made.replace(outputs.stage(graph))
-            outputs.commit()
-            if not has_data:
-                data.unlink(missing_ok=True)  # of the graph that was here before
+            _put_in_place(made, graph, paths["data"], outputs)
             return CaptureReport((graph, paths["data"]))
         weights = [hash_file(path) for path in _weights(Path(checkpoint))]
         report = _quantised(made, choice, paths, weights, outputs=outputs, progress=progress)
         outputs.commit()
     return CaptureReport((graph, paths["data"]), report)
+
+
+def _put_in_place(made: Path, graph: Path, data: Path, outputs: OutputSet) -> None:
+    """Give the captured graph and its data, which it may lack, their names."""
+    has_data = is_file(made.with_name(data.name))
+    if has_data:
+        made.with_name(data.name).replace(outputs.stage(data))
+    made.replace(outputs.stage(graph))
+    outputs.commit()
+    if not has_data:
+        data.unlink(missing_ok=True)  # of the graph that was here before
 
 
 def _weights(checkpoint: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.base.capture.export import quiet
-from lora_export.untrusted.places import listed
+from lora_export.untrusted.places import exists, listed
 
 if TYPE_CHECKING:
     from lora_export.base.capture.outline import Stack
@@ -135,7 +135,7 @@ def save_twin(kind: Any, config: Any, folder: Path, beside: Path) -> None:
             _fill(name, parameter)
         model.save_pretrained(folder)
     for found in listed(beside, "*.json"):
-        if not (folder / found.name).exists() and not found.name.endswith(".index.json"):
+        if not exists(folder / found.name) and not found.name.endswith(".index.json"):
             shutil.copy(found, folder / found.name)
 
 
