@@ -67,16 +67,33 @@ def tiny_models_cost_less() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def graphs_are_not_proven(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let captures be compared with PyTorch in tests marked ``proven``: others do it themselves."""
-    if request.node.get_closest_marker("proven") is None and "torch" in sys.modules:
-        from lora_export.base.capture import capture
-        from lora_export.graph.proof import Proof
+@pytest.fixture(autouse=True, scope="session")
+def graphs_are_not_proven() -> Iterator[dict[str, Any]]:
+    """Let captures be compared with PyTorch in tests marked ``proven`` alone: others do it themselves.
 
-        # Nor is a graph taken that another test's capture has left.
-        monkeypatch.setattr(capture, "find", lambda key, tensors: None)
-        monkeypatch.setattr(capture, "not_proven", lambda wanted: Proof(of="nothing", reason="a test"))
+    Nor is a graph taken that another test's capture has left.
+    """
+    from lora_export.base.capture import capture
+    from lora_export.graph.proof import Proof
+
+    names = ("find", "not_proven")
+    with pytest.MonkeyPatch.context() as patch:
+        before = {name: getattr(capture, name) for name in names}
+        patch.setattr(capture, "find", lambda key, tensors: None)
+        patch.setattr(capture, "not_proven", lambda wanted: Proof(of="nothing", reason="a test"))
+        yield before
+
+
+@pytest.fixture(autouse=True)
+def some_are_proven(
+    request: pytest.FixtureRequest, graphs_are_not_proven: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let a test marked ``proven`` capture as users do."""
+    if request.node.get_closest_marker("proven"):
+        from lora_export.base.capture import capture
+
+        for name, value in graphs_are_not_proven.items():
+            monkeypatch.setattr(capture, name, value)
 
 
 def pytest_configure() -> None:

@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
-from lora_export import CheckpointError, OutputError, bank_onnx, merge_onnx, swap_onnx
+from lora_export import CheckpointError, OutputError, bank_onnx, capture_onnx, merge_onnx, swap_onnx
 from lora_export.base.capture.capture import capture_checkpoint
 from lora_export.cli import _run
 from lora_export.graph.captured import Captured
@@ -238,7 +238,7 @@ def test_what_float16_cannot_hold_is_refused(arch, tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = 7e4
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="not finite in float16") as caught:
-        capture_checkpoint(folder, tmp_path / "m.onnx", dtype="float16")
+        capture_onnx(folder, tmp_path / "m.onnx", dtype="float16")
     assert list(caught.value.problems) == ["model.layers.0.mlp.up_proj.weight"]
     with pytest.raises(CheckpointError, match="not finite"):
         merge_onnx(folder, tiny.adapter(arch), tmp_path / "m.onnx", dtype="float16")

@@ -123,7 +123,7 @@ def test_weights_that_are_cut_short(size, tmp_path, folder):
 
 def test_weights_of_another_size(tmp_path, folder):
     change(folder, hidden_size=16)
-    with pytest.raises(CheckpointError, match="can't load"):
+    with pytest.raises(CheckpointError, match=r"can't load|have other shapes than its config.json makes"):
         capture_onnx(folder, tmp_path / "m.onnx")
 
 

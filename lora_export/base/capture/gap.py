@@ -305,9 +305,12 @@ def _counted(size: int, like: torch.Tensor) -> torch.Tensor:
 def _seen(values: torch.Tensor, run: Feeds) -> torch.Tensor:
     """Return an output without its padded tokens: nobody reads them."""
     mask, ids = run.get("attention_mask"), run.get("input_ids")
-    if mask is not None and ids is not None and values.shape[:2] == ids.shape:
+    if mask is None or ids is None or not values.ndim or len(values) != len(ids):
+        return values
+    if values.shape[:2] == ids.shape:
         return values[mask[:, -ids.shape[1] :].bool()]
-    return values
+    # What is read of one token may be read of a padded one (CLIP's text encoder reads the first).
+    return values[mask[:, 0].bool()]
 
 
 def _distance(values: torch.Tensor, wanted: torch.Tensor) -> float:
