@@ -89,8 +89,6 @@ def capture_onnx(
     from lora_export.base.checkpoint.checkpoint import read_config
     from lora_export.base.checkpoint.own_code import code_notes
     from lora_export.base.open_base import output_paths
-    from lora_export.graph.onnx_file import load_graph
-    from lora_export.graph.proof import Proof
     from lora_export.modes import capture_onnx as mode
     from lora_export.progress import byte_progress
     from lora_export.reports.merge import size_text
@@ -117,10 +115,6 @@ def capture_onnx(
         files = [file for graph in graphs for file in (graph, output_paths(graph)["data"]) if is_file(file)]
         size = size_text(sum(file.stat().st_size for file in files if file not in graphs))
         print_lines([f"captured {checkpoint} in {time.monotonic() - started:.1f} s: {size} of weights"])
-        for graph in graphs:
-            if proof := Proof.from_metadata(load_graph(graph).model.metadata_props):
-                text = f"{proof} (before it was quantised)" if report.quantised else str(proof)
-                print_lines([f"{graph.parent.name}: {text}" if len(graphs) > 1 else text])
         if report.quantised is not None:
             print_lines(quantised_lines(report.quantised.quantised))
             files = list(report.quantised.outputs.values())

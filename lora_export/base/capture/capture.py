@@ -211,19 +211,21 @@ def _write_outlined(
         )
     graph = _save(_with_history(kept.graph, path), output, linked, share_from)
     refuse_lost(weights.lost, path, way.dtype)
-    if Proof.from_metadata(graph.metadata_props) is None:
-        _prove_saved(graph, output, path, way)
+    proof = Proof.from_metadata(graph.metadata_props) or _prove_saved(graph, output, path, way)
+    if not is_twin:
+        tell_stage(f"{path}: {proof}")
 
 
-def _write_loaded(path: Path, output: Path, way: Way, proven: bool) -> None:
+def _write_loaded(path: Path, output: Path, way: Way, *, proven: bool, is_twin: bool = False) -> None:
     """Write a folder's graph, traced with its weights in memory."""
     is_diffusers = is_folder(path) and bool(diffusers_class(path))
     proof = _twin_proof(path, output, None if is_diffusers else look_at(path), way, proven=proven)
     graph, captured = _loaded(path, way)
     graph.metadata_props.update(captured.to_metadata() | (proof.to_metadata() if proof else {}))
     graph = _save(_with_history(graph, path), output)
-    if proof is None:
-        _prove_saved(graph, output, path, way)
+    proof = proof or _prove_saved(graph, output, path, way)
+    if not is_twin:
+        tell_stage(f"{path}: {proof}")
 
 
 def _twin_proof(
@@ -245,7 +247,7 @@ def _twin_proof(
         if way.in_outline:
             _write_outlined(folder, graph, own, proven=False, is_twin=True)
         else:
-            _write_loaded(folder, graph, own, proven=False)
+            _write_loaded(folder, graph, own, proven=False, is_twin=True)
 
     if proof := not_proven(proven):
         return proof
@@ -256,11 +258,12 @@ def _twin_proof(
     return prove_by_twin(path, loading, way.dtype, beside=output.parent, capture=capture)
 
 
-def _prove_saved(graph: ir.Model, output: Path, path: Path, way: Way) -> None:
+def _prove_saved(graph: ir.Model, output: Path, path: Path, way: Way) -> Proof:
     """Compare a written graph with its model, and write that into it."""
     proof = prove_model(output, path, way.dtype, way.part)
     graph.metadata_props.update(proof.to_metadata())
     save_graph(graph, output)
+    return proof
 
 
 def _with_history(graph: ir.Model, path: Path) -> ir.Model:
