@@ -255,7 +255,8 @@ def test_a_capture_is_compared_with_diffusers_before_it_is_written(make, part, t
     props = onnx.load(tmp_path / "m.onnx", load_external_data=False).metadata_props
     proof = Proof.from_metadata({entry.key: entry.value for entry in props})
     assert proof is not None
-    assert (proof.of, proof.runs) == ("model", 2)
+    assert proof.of == "model"
+    assert proof.runs >= 2  # its example, and one of other sizes
     assert 0 < proof.error <= proof.limit
 
 
