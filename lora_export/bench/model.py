@@ -13,27 +13,13 @@ from lora_export.engines.record import EngineRecord
 from lora_export.errors import GraphError
 from lora_export.graph.exposed import LoraRecord
 from lora_export.graph.onnx_file import GraphFile
+from lora_export.graph.port import Port
 from lora_export.graph.told_sizes import told_sizes
 from lora_export.runtimes.model_file import ModelFile
 from lora_export.storage.hashes import sha256_of
 from lora_export.storage.inputs import FileState, same_inputs
 
 Kind = Literal["graph", "engine"]
-
-
-@dataclass(frozen=True)
-class BenchInput:
-    """An input that a request feeds.
-
-    Attributes:
-        name: Name of the input.
-        dtype: Name of the type in numpy and ml_dtypes.
-        dims: Size, symbol, or None if unknown, for each axis.
-    """
-
-    name: str
-    dtype: str
-    dims: tuple[int | str | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +41,7 @@ class BenchModel:
     path: Path
     label: str
     kind: Kind
-    inputs: tuple[BenchInput, ...]
+    inputs: tuple[Port, ...]
     exposed: LoraRecord | None = None
     largest: Mapping[str, int] = field(default_factory=dict)
     vocab_size: int | None = None
@@ -152,7 +138,7 @@ def _of_graph(file: ModelFile, graph: GraphFile) -> BenchModel:
             problems.append(f"{name}: a tensor of unknown type or rank, or not a tensor")
             continue
         dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
-        inputs.append(BenchInput(name, np.dtype(value.dtype.numpy()).name, dims))
+        inputs.append(Port(name, np.dtype(value.dtype.numpy()).name, dims))
     if problems:
         raise GraphError(
             f"{file.path}: no feeds can be made for these inputs",
@@ -163,15 +149,10 @@ def _of_graph(file: ModelFile, graph: GraphFile) -> BenchModel:
 
 
 def _of_engine(file: ModelFile, record: EngineRecord) -> BenchModel:
-    inputs = [
-        BenchInput(port.name, port.dtype, tuple(port.dims or port.shape))
-        for port in record.inputs
-        if port.name not in file.lora_inputs
-    ]
-    return _model(file, inputs)
+    return _model(file, [port for port in record.inputs if port.name not in file.lora_inputs])
 
 
-def _model(file: ModelFile, inputs: Sequence[BenchInput], data: Sequence[Path] = ()) -> BenchModel:
+def _model(file: ModelFile, inputs: Sequence[Port], data: Sequence[Path] = ()) -> BenchModel:
     captured = file.captured
     return BenchModel(
         path=file.path,

@@ -12,7 +12,8 @@ import ml_dtypes  # noqa: F401 - makes numpy know bfloat16 and float8 by name
 import numpy as np
 
 from lora_export.adapter import Array
-from lora_export.bench.model import BenchInput, BenchModel
+from lora_export.bench.model import BenchModel
+from lora_export.graph.port import Port
 
 Phase = Literal["run", "prefill", "decode"]
 Role = Literal["batch", "sequence", "past", "total"]
@@ -204,7 +205,7 @@ def make_feeds(model: BenchModel, workload: Workload, seed: int) -> dict[str, Ar
     return feeds
 
 
-def _roles(port: BenchInput, symbols: Mapping[str, Role]) -> tuple[Role | None, ...]:
+def _roles(port: Port, symbols: Mapping[str, Role]) -> tuple[Role | None, ...]:
     """Return the role of each axis of an input; None for an axis whose size the graph states."""
     rank = len(port.dims)
     if _PAST.match(port.name) and rank == 4:
@@ -237,9 +238,7 @@ def _symbols(model: BenchModel) -> dict[str, Role]:
     }
 
 
-def _values(
-    port: BenchInput, shape: tuple[int, ...], work: Workload, vocabulary: int | None, seed: int
-) -> Array:
+def _values(port: Port, shape: tuple[int, ...], work: Workload, vocabulary: int | None, seed: int) -> Array:
     dtype, name = np.dtype(port.dtype), port.name
     random = np.random.default_rng([seed, *name.encode()])
     if "mask" in name or dtype.kind == "b":

@@ -16,10 +16,11 @@ from lora_export.engines.builder_process import BuildJob
 from lora_export.engines.cache import EngineCache, default_folder, key_of
 from lora_export.engines.plan import BuildPlan, BuildRequest, Group, engine_files, plan_build
 from lora_export.engines.profiles import ProfileRequest, shape_text
-from lora_export.engines.record import BuildOptions, EngineRecord, Port, Profile, platform_here, record_path
+from lora_export.engines.record import BuildOptions, EngineRecord, Profile, platform_here, record_path
 from lora_export.engines.run_builder import run_worker
 from lora_export.engines.source import Serialized, port_of, serialize
 from lora_export.errors import BackendError, EngineBuildError, OutputError
+from lora_export.graph.port import Port
 from lora_export.progress import Say
 from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.hashes import hash_written, sha256_of
@@ -377,17 +378,15 @@ def _port_problems(plan: BuildPlan, built: Mapping[str, Any]) -> list[str]:
             dtype = DTYPES.get(found["dtype"], found["dtype"].lower())
             if dtype != port.dtype:
                 problems.append(f"{port.name}: {dtype} in the engine, {port.dtype} in the graph")
-            if len(found["shape"]) != len(port.shape):
-                problems.append(
-                    f"{port.name}: {found['shape']} in the engine, {list(port.dims)} in the graph"
-                )
+            if len(found["dims"]) != len(port.dims):
+                problems.append(f"{port.name}: {found['dims']} in the engine, {list(port.dims)} in the graph")
         problems += [f"{name}: in the engine, but not in the graph" for name in actual]
     return problems
 
 
 def _outputs(plan: BuildPlan, built: Mapping[str, Any]) -> tuple[Port, ...]:
     """Return the graph's outputs, with the engine's shape for an output whose shape the graph omits."""
-    shapes = {port["name"]: tuple(port["shape"]) for port in built["outputs"]}
+    shapes = {port["name"]: tuple(port["dims"]) for port in built["outputs"]}
     silent = {str(value.name) for value in plan.admitted.graph.graph.outputs if value.shape is None}
     return tuple(
         port_of(port.name, port.dtype, shapes[port.name]) if port.name in silent & set(shapes) else port

@@ -210,7 +210,7 @@ def _network_flags(trt: TensorRT) -> int:
 
 
 def _port(tensor: Any) -> dict[str, Any]:
-    return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
+    return {"name": tensor.name, "dtype": tensor.dtype.name, "dims": list(tensor.shape)}
 
 
 def _build(

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_export.engines.record import Port
 from lora_export.errors import LoraExportError, OutputError
+from lora_export.graph.port import Port
 from lora_export.storage.cache_folder import cache_folder, chosen_folder
 from lora_export.storage.folders import refuse_strangers
 from lora_export.storage.hashes import sha256_of

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lora_export.engines.record import Port
 from lora_export.graph.captured import BATCH, PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE
 from lora_export.graph.exposed import LoraRecord
+from lora_export.graph.port import Port
 
 PAST, TOTAL, RANK = PAST_SEQUENCE, TOTAL_SEQUENCE, "rank"
 # Profiles whose names decide their sizes.

@@ -13,11 +13,12 @@ from lora_export.engines.backend import Compiler
 from lora_export.engines.memory.fit import Fit, check_fits
 from lora_export.engines.prepare.prepare import Admitted, admit
 from lora_export.engines.profiles import ProfileRequest, make_profiles
-from lora_export.engines.record import BuildOptions, EngineRecord, EngineSource, Port, Profile, record_path
+from lora_export.engines.record import BuildOptions, EngineRecord, EngineSource, Profile, record_path
 from lora_export.engines.source import largest_sizes, ports_of
 from lora_export.errors import BackendError, GraphError
 from lora_export.graph.exposed import KEY
 from lora_export.graph.onnx_file import load_graph
+from lora_export.graph.port import Port
 from lora_export.graph.roles import role_of
 from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES, Gpu, find_target
 from lora_export.untrusted.texts import is_utf8

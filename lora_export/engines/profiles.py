@@ -26,11 +26,12 @@ from lora_export.engines.dims import (
     sum_of_both,
     varying,
 )
-from lora_export.engines.record import Port, Profile, ShapeRange
+from lora_export.engines.record import Profile, ShapeRange
 from lora_export.errors import BackendError
 from lora_export.graph.captured import SEQUENCE
 from lora_export.graph.exposed import LoraRecord
 from lora_export.graph.expressions import evaluate, names_in
+from lora_export.graph.port import Port
 from lora_export.graph.roles import role_of
 
 _HINT = (

@@ -16,23 +16,20 @@ from typing import Annotated, Any
 from lora_export.engines import BACKENDS, compiler_of
 from lora_export.errors import BackendError
 from lora_export.graph.exposed import LoraRecord
+from lora_export.graph.port import MAX_AXES, Port
 from lora_export.storage.hashes import FileHash
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import SEAL, sealed_json
 from lora_export.untrusted.documents import json_of, read_json
-from lora_export.untrusted.fields import AtLeast, Axes, Count, FieldError, from_plain, seen
+from lora_export.untrusted.fields import Count, FieldError, from_plain, seen
 from lora_export.untrusted.places import is_file, is_folder
 
-FORMAT = 1
+FORMAT = 2
 KIND = "lora_export.engine"
 
 _AGAIN = "build the engine again with lora-export build-engine"
-# TensorRT's own limit (``Dims::MAX_DIMS``).
-_AXES = Axes(0, 8)
-Shape = Annotated[tuple[Count, ...], _AXES]
-# -1 where a size varies.
-EngineShape = Annotated[tuple[Annotated[int, AtLeast(-1)], ...], _AXES]
+Shape = Annotated[tuple[Count, ...], MAX_AXES]
 # One tensor's smallest, usual and largest shape.
 ShapeRange = tuple[Shape, Shape, Shape]
 
@@ -44,23 +41,6 @@ _ELEMENTS = {
     *("float16", "bfloat16", "float32", "float64"),
     *("float4_e2m1fn", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"),
 }
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input or output of an engine.
-
-    Attributes:
-        name: Its name.
-        dtype: Type as numpy and ml_dtypes call it: ``float16``, ``bfloat16``, ``int64`` …
-        shape: Sizes; -1 where a size varies.
-        dims: Sizes; the graph's own name where a size varies.
-    """
-
-    name: str
-    dtype: str
-    shape: EngineShape
-    dims: Annotated[tuple[int | str, ...], _AXES] = ()
 
 
 @dataclass(frozen=True)
@@ -251,16 +231,14 @@ def _contradictions(record: EngineRecord) -> list[str]:
             ports[port.name] = port
             if port.dtype not in _ELEMENTS:
                 problems.append(f"{key}[{i}].dtype: {seen(port.dtype)}, wanted a type of numpy or ml_dtypes")
-            if port.dims and len(port.dims) != len(port.shape):
-                problems.append(f"{key}[{i}]: {len(port.shape)} axes in shape, {len(port.dims)} in dims")
     for i, profile in enumerate(record.profiles):
         for name, shapes in profile.shapes.items():
             where = f"profiles[{i}].shapes[{seen(name)}]"
             if name not in ports:
                 problems.append(f"{where}: the engine has no such input")
-            elif {len(shape) for shape in shapes} != {len(ports[name].shape)}:
+            elif {len(shape) for shape in shapes} != {len(ports[name].dims)}:
                 axes = ", ".join(str(len(shape)) for shape in shapes)
-                problems.append(f"{where}: {axes} axes, the input has {len(ports[name].shape)}")
+                problems.append(f"{where}: {axes} axes, the input has {len(ports[name].dims)}")
     return problems
 
 

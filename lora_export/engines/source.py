@@ -10,9 +10,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lora_export.engines.cache import combined
-from lora_export.engines.record import EngineSource, Port
+from lora_export.engines.record import EngineSource
 from lora_export.graph.captured import Captured
 from lora_export.graph.onnx_file import GraphFile, proto_bytes
+from lora_export.graph.port import Port
 from lora_export.storage.hashes import FileHash, hash_file
 
 
@@ -40,7 +41,7 @@ def port_of(name: str, dtype: str, dims: Sequence[int | str]) -> Port:
         dims: Sizes and names of sizes; -1 for a size that varies and has no name, and so gets one of its own.
     """
     named = tuple(f"{name}[{axis}]" if dim == -1 else dim for axis, dim in enumerate(dims))
-    return Port(name, dtype, tuple(dim if isinstance(dim, int) else -1 for dim in named), named)
+    return Port(name, dtype, named)
 
 
 def largest_sizes(graph: GraphFile) -> dict[str, int]:

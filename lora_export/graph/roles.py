@@ -15,15 +15,15 @@ _TEXT_INPUTS = re.compile(r"(^|[._/])(input_ids|token_type_ids|position_ids|atte
 _PAST_INPUTS = re.compile(r"^past(_key_values|_key|_value|\b)")
 
 
-def role_of(name: str, dims: Sequence[int | str], axis: int) -> str | None:
+def role_of(name: str, dims: Sequence[int | str | None], axis: int) -> str | None:
     """Return the role of a varying dimension of an input, or None if it is unknown.
 
     Args:
         name: Name of the input.
-        dims: Its dimensions: sizes and symbols.
+        dims: Its dimensions: sizes and symbols; None where it has neither.
         axis: Index of the dimension.
     """
-    dim = str(dims[axis])
+    dim = str(dims[axis] or "")
     return _role_by_name(dim) or (None if "*" in dim else _role_by_input(name, axis))
 
 

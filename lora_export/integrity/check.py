@@ -30,6 +30,7 @@ _STRENGTH: tuple[State, ...] = (
 BROKEN: frozenset[State] = frozenset({"changed", "missing", "outside"})
 _OUTSIDE = "a set's files must be in its folder, without links out of it"
 _EARLIER = "no full hash: an earlier version wrote it"
+_SAMPLED = "no full hash: a base above 1 GiB, captured in its place; or an earlier version wrote it"
 _MOST_FILES = 100_000
 # Files that are named and not there: a description takes less for each than what is known of it here.
 _MOST_ABSENT = 1 << 14
@@ -334,7 +335,7 @@ class _Check:
         if found != wanted:
             state.add("changed", by.name, f"{kind} {found}, wanted {wanted}")
         elif kind == "sampled sha256":
-            state.add("sampled", by.name, _EARLIER)
+            state.add("sampled", by.name, _SAMPLED)
         else:
             state.add("ok", by.name)
 

@@ -144,7 +144,7 @@ class Laws:
     def _takes_rows(self, feed: Feed) -> bool:
         """Return True if the batch's size can change: the first dimension of every unshared input varies."""
         return all(
-            port.name in feed.shared or (bool(port.shape) and not isinstance(port.shape[0], int))
+            port.name in feed.shared or (bool(port.dims) and not isinstance(port.dims[0], int))
             for port in self.candidate.about.ports
             if port.name in feed.values
         )

@@ -43,10 +43,10 @@ def check_decoder(
     names = [port.name for port in ports]
     strange = [name for name in names if name not in _KNOWN and not name.startswith(_PAST)]
     unclear = [
-        f"input {port.name}: {list(port.shape)}"
+        f"input {port.name}: {list(port.dims)}"
         for port in ports
         if port.name.startswith(_PAST)
-        and not (len(port.shape) == 4 and isinstance(port.shape[1], int) and isinstance(port.shape[3], int))
+        and not (len(port.dims) == 4 and isinstance(port.dims[1], int) and isinstance(port.dims[3], int))
     ]
     if unclear:
         raise BackendError(
@@ -93,8 +93,8 @@ class _Stream:
 
     @staticmethod
     def _empty(port: InputPort) -> Array:
-        _, heads, _, size = port.shape
-        return np.zeros((1, int(heads or 0), 0, int(size or 0)), port.dtype)
+        _, heads, _, size = port.dims
+        return np.zeros((1, int(heads or 0), 0, int(size or 0)), port.numpy_dtype)
 
     def logits(self) -> Array:
         """Return the logits after the last token, of shape ``(vocab,)``."""
@@ -106,7 +106,7 @@ class _Stream:
             "position_ids": np.arange(length - len(ids), length)[None],
         }
         values = {
-            name: values.astype(self._ports[name].dtype)
+            name: values.astype(self._ports[name].numpy_dtype)
             for name, values in given.items()
             if name in self._ports
         }

@@ -15,8 +15,9 @@ from lora_export.untrusted.shown import MAX_LINE
 if TYPE_CHECKING:
     from lora_export.engines.build import BuildReport, BuiltEngine
     from lora_export.engines.plan import Group
-    from lora_export.engines.record import EngineRecord, Port, Profile, ShapeRange
+    from lora_export.engines.record import EngineRecord, Profile, ShapeRange
     from lora_export.graph.exposed import LoraRecord
+    from lora_export.graph.port import Port
     from lora_export.packages.build_kit import KitReport
 
 _LORA = ".lora_"

@@ -18,6 +18,8 @@ from lora_export.untrusted.places import files_below, is_file
 
 # Larger files are identified by a sample: hashing 2.5 GB takes longer than merging it.
 _WHOLE_BYTES = 64 << 20
+# The same of weights that others wrote, and that are left in their place.
+_SHARED_BYTES = 1 << 30
 _SAMPLES = 256
 _SAMPLE_BYTES = 64 << 10
 
@@ -87,6 +89,15 @@ def hash_written(path: Path, name: str) -> FileHash:
         if flushed is not None:
             flushed.result()
     return entry
+
+
+def hash_shared(path: Path) -> FileHash:
+    """Return the identity of weights that stay where they are, and their full hash up to 1 GiB.
+
+    Larger ones are not copied in order not to read them: they are known by a sample.
+    """
+    entry = hash_file(path)
+    return replace(entry, blake3=full_hash(path)) if entry.size_bytes <= _SHARED_BYTES else entry
 
 
 def hash_content(name: str, content: bytes) -> FileHash:

@@ -14,12 +14,13 @@ import torch
 import transformers
 from click.testing import CliRunner
 
-from lora_export import GraphError, LoraExportError, OutputError, capture_onnx
+from lora_export import GraphError, LoraExportError, OutputError, capture_onnx, verify
 from lora_export.base.capture import capture, kept, prove, twin
 from lora_export.base.capture.outline import build_outline, find_stacks
 from lora_export.cli import root
 from lora_export.graph.onnx_file import load_graph
 from lora_export.graph.proof import PROOF_KEY, Proof
+from lora_export.storage import hashes
 
 pytestmark = pytest.mark.proven
 
@@ -303,6 +304,24 @@ def test_weights_that_stay_in_the_folder(folder, monkeypatch, tmp_path):
     model.save_pretrained(tmp_path / "base")
     with pytest.raises(GraphError, match="weights beside it have changed"):
         load_graph(graph)
+
+
+@pytest.mark.parametrize(("limit", "state"), [(1 << 30, "ok"), (0, "sampled")])
+def test_a_large_base_in_its_place_is_hashed_whole_up_to_a_limit(limit, state, folder, monkeypatch, tmp_path):
+    shutil.copytree(folder, tmp_path / "base")
+    monkeypatch.setattr(hashes, "_WHOLE_BYTES", 0)  # as if it had more than 64 MiB
+    monkeypatch.setattr(hashes, "_SHARED_BYTES", limit)
+    graph, _ = capture_onnx(tmp_path / "base", tmp_path / "base" / "m.onnx", share_base=True, twin=False)
+    found = {file.path.name: file for file in verify(graph).files}
+    assert found["model.safetensors"].state == state
+    if state == "sampled":
+        assert "captured in its place" in str(found["model.safetensors"].notes)
+    else:
+        weights = tmp_path / "base" / "model.safetensors"
+        changed = bytearray(weights.read_bytes())
+        changed[-9] ^= 1
+        weights.write_bytes(changed)
+        assert {file.state for file in verify(graph).files if file.path == weights} == {"changed"}
 
 
 @pytest.mark.parametrize(

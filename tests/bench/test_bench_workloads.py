@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lora_export.bench.model import BenchInput, BenchModel, label_models
+from lora_export.bench.model import BenchModel, label_models
 from lora_export.bench.workloads import (
     Workload,
     choose_sizes,
@@ -16,6 +16,7 @@ from lora_export.bench.workloads import (
     plan_workloads,
     shape_problems,
 )
+from lora_export.graph.port import Port
 
 
 def model(*inputs, **more):
@@ -23,7 +24,7 @@ def model(*inputs, **more):
         path=Path("m.onnx"),
         label="m.onnx",
         kind="graph",
-        inputs=tuple(BenchInput(*entry) for entry in inputs),
+        inputs=tuple(Port(*entry) for entry in inputs),
         **more,
     )
 

@@ -245,7 +245,8 @@ class IExecutionContext:
 
     def _static(self):
         ports = self._engine.about["inputs"]
-        return {port["name"]: tuple(port["shape"]) for port in ports if -1 not in port["shape"]}
+        fixed = (port for port in ports if all(isinstance(dim, int) for dim in port["dims"]))
+        return {port["name"]: tuple(port["dims"]) for port in fixed}
 
     def set_device_memory(self, memory, size):
         assert memory % 256 == 0

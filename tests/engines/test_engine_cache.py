@@ -24,7 +24,7 @@ def cache(tmp_path):
     return EngineCache(tmp_path / "cache")
 
 
-PORT = {"name": "x", "dtype": "FLOAT", "shape": [-1, 4]}
+PORT = {"name": "x", "dtype": "FLOAT", "dims": [-1, 4]}
 SAID = {
     "build_s": 1.5,
     "peak_build_bytes": 100,
@@ -127,8 +127,8 @@ WRONG = {
     "build_s": ["y", None, float("nan"), [1.5]],
     "peak_build_bytes": ["y", 1.5, -1, True],
     "memory": [[], {"weights_bytes": "y"}, {"weights_bytes": -1}],
-    "inputs": [{}, [[]], [{"name": "x"}], [PORT | {"dtype": 1}], [PORT | {"shape": [-2]}]],
-    "outputs": ["y", [PORT | {"name": None}], [PORT | {"shape": 4}], [PORT | {"shape": [1] * 99}]],
+    "inputs": [{}, [[]], [{"name": "x"}], [PORT | {"dtype": 1}], [PORT | {"dims": [-2]}]],
+    "outputs": ["y", [PORT | {"name": None}], [PORT | {"dims": 4}], [PORT | {"dims": [1] * 99}]],
     "size_bytes": ["6", -6, None],
     "sha256": [1, None, ["a"], "0" * 64],
 }
@@ -189,7 +189,7 @@ def test_an_entry_with_other_ports_than_the_graphs_is_built_again(change, tmp_pa
     port = said["outputs"][0]
     changed = {
         "another name": [port | {"name": "z"}],
-        "one axis fewer": [port | {"shape": port["shape"][1:]}],
+        "one axis fewer": [port | {"dims": port["dims"][1:]}],
         "none": [],
     }
     file.write_text(json.dumps(said | {"outputs": changed[change]}))

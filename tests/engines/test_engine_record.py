@@ -106,7 +106,7 @@ def test_a_record_of_another_kind_is_a_backend_error():
     ("change", "says"),
     [
         ({"memory": {"weights": 2**63}}, "an integer of 64 bits"),
-        ({"inputs": [{"name": "x", "dtype": "os", "shape": [-1]}]}, 'inputs[0].dtype: "os"'),
+        ({"inputs": [{"name": "x", "dtype": "os", "dims": [-1]}]}, 'inputs[0].dtype: "os"'),
     ],
 )
 def test_what_no_build_writes_is_the_users_error(change, says):

@@ -4,14 +4,14 @@ import pytest
 
 from lora_export.engines.dims import Range, sum_of_both
 from lora_export.engines.profiles import ProfileRequest, make_profiles, parse_shapes, shape_text
-from lora_export.engines.record import Port
 from lora_export.errors import BackendError
 from lora_export.graph.exposed import ExposedModule, LoraRecord, Member
+from lora_export.graph.port import Port
 from lora_export.graph.roles import role_of
 
 
 def port(name, *dims, dtype="int64"):
-    return Port(name, dtype, tuple(dim if isinstance(dim, int) else -1 for dim in dims), dims)
+    return Port(name, dtype, dims)
 
 
 TEXT = [port("input_ids", "batch", "sequence"), port("attention_mask", "batch", "sequence")]

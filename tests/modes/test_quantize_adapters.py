@@ -72,7 +72,8 @@ def with_adapter(model, adapter):
 
 @pytest.mark.parametrize("to", ["int4", "int8"])
 def test_a_merge_is_quantised_after_the_merge(to, tmp_path):
-    base, adapter, out = tiny.base_onnx("llama", "dynamo"), tiny.adapter("llama"), tmp_path / "m.onnx"
+    base, adapter = tiny.base_onnx("llama", "dynamo"), tiny.adapter("llama")
+    out = tmp_path / "new folder" / "m.onnx"
     report = merge_onnx(base, adapter, out, quantize=to)
     with tiny.quiet():
         merged = PeftModel.from_pretrained(build("llama"), adapter).merge_and_unload()

@@ -278,6 +278,15 @@ def test_a_large_weight_is_quantised_in_parts(tmp_path, monkeypatch):
     assert parts.quantised.record.relative == pytest.approx(report.quantised.record.relative, rel=1e-4)
 
 
+def test_a_module_to_keep_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(GraphError, match="no such modules to leave in float: q_projj, down") as caught:
+        quantize_onnx(
+            tiny.base_onnx("llama", "dynamo"), tmp_path / "o.onnx", keep=["q_projj", "v_proj", "down"]
+        )
+    assert "model.layers.0.self_attn.q_proj" in str(caught.value.problems)
+    assert not list(tmp_path.iterdir())
+
+
 def test_half_precision_keeps_its_type(tmp_path):
     text = "g (float16[b, 64] x) => (float16[b, 32] y) { y = MatMul(x, a_weight) }"
     held = {"a.weight": random(64, 32).astype(np.float16)}

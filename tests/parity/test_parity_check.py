@@ -258,7 +258,7 @@ def stored_copy(folder: Path) -> Path:
 
 
 def test_a_vocabulary_beyond_all_models_is_refused(tmp_path):
-    port = InputPort("input_ids", np.dtype(np.int64), ("batch", "sequence"))
+    port = InputPort("input_ids", "int64", ("batch", "sequence"))
     with pytest.raises(BackendError) as caught:
         make_feeds([port], None, vocab_size=10**8)
     assert "a vocabulary of 100000000 tokens" in "".join(caught.value.problems)

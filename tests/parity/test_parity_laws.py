@@ -25,8 +25,8 @@ Array = Any
 A, B = state_of("a"), state_of("b")
 IN, OUT = 5, 7
 PORTS = (
-    InputPort("x", np.dtype(np.float32), (BATCH, SEQUENCE, IN)),
-    InputPort("attention_mask", np.dtype(np.int64), (BATCH, SEQUENCE)),
+    InputPort("x", "float32", (BATCH, SEQUENCE, IN)),
+    InputPort("attention_mask", "int64", (BATCH, SEQUENCE)),
 )
 
 
@@ -343,7 +343,7 @@ def test_batches_of_one_say_that_rows_were_not_checked():
     assert any("rows were not checked" in note for note in laws.notes)
 
 
-FIXED = [InputPort(port.name, port.dtype, (4, *port.shape[1:])) for port in PORTS]
+FIXED = [InputPort(port.name, port.dtype, (4, *port.dims[1:])) for port in PORTS]
 
 
 @pytest.mark.parametrize("mode", ["swap", "bank"])
@@ -405,7 +405,7 @@ def test_an_output_without_rows_is_left_to_the_comparison():
 
 
 def test_inputs_that_rows_share_are_no_hindrance():
-    ports = (*PORTS, InputPort("cache_position", np.dtype(np.int64), (SEQUENCE,)))
+    ports = (*PORTS, InputPort("cache_position", "int64", (SEQUENCE,)))
     one = feed(4)
     with_steps = Feed(
         one.label, {**one.values, "cache_position": np.arange(3)}, frozenset({"cache_position"})

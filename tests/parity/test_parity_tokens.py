@@ -54,7 +54,7 @@ def test_other_greedy_tokens_fail(tmp_path):
         assert found.reference[found.equal] != found.candidate[found.equal]
 
 
-TOKENS = [InputPort("input_ids", np.dtype(np.int64), ("batch", "sequence"))]
+TOKENS = [InputPort("input_ids", "int64", ("batch", "sequence"))]
 
 
 CLOSE = 1e-4

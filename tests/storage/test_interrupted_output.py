@@ -42,7 +42,7 @@ def quick(monkeypatch, tmp_path, timed):
     def build(job, *_, **__):
         Path(job.engine).write_bytes(b"engine")
         Path(job.log).write_text("log")
-        ports = ({"name": name, "dtype": "FLOAT", "shape": [-1, 4]} for name in "xy")
+        ports = ({"name": name, "dtype": "FLOAT", "dims": [-1, 4]} for name in "xy")
         kinds = dict(zip(("inputs", "outputs"), ([port] for port in ports), strict=True))
         return kinds | {"memory": {}, "build_s": 1.0, "peak_build_bytes": 1}
 

@@ -18,10 +18,11 @@ import recording_trt
 from recording_cuda import RecordingCuda
 
 from lora_export.engines import BACKENDS, compiler_of
-from lora_export.engines.record import BuildOptions, EngineRecord, EngineSource, Port, Profile, record_path
+from lora_export.engines.record import BuildOptions, EngineRecord, EngineSource, Profile, record_path
 from lora_export.engines.source import ports_of, serialize
 from lora_export.graph.exposed import KEY, ExposedModule, LoraRecord, Member, Slot
 from lora_export.graph.onnx_file import load_graph
+from lora_export.graph.port import Port
 from lora_export.runtimes.tensorrt.cuda import CudaDevice
 from lora_export.storage.hashes import FileHash, sha256_of
 
@@ -185,8 +186,8 @@ RECORD = EngineRecord(
     compute_capabilities=("8.9",),
     platform="linux-x86_64",
     options=BuildOptions(tf32=True, workspace_bytes=7),
-    inputs=(Port("x", "int64", (-1, 4), ("batch", 4)), Port("l.q.lora_A.weight", "float16", (4, 2), (4, 2))),
-    outputs=(Port("y", "float16", (-1,), ("batch",)),),
+    inputs=(Port("x", "int64", ("batch", 4)), Port("l.q.lora_A.weight", "float16", (4, 2))),
+    outputs=(Port("y", "float16", ("batch",)),),
     profiles=(Profile("default", {"x": ((1, 4), (2, 4), (3, 4))}),),
     source=EngineSource("m.onnx", "f" * 64, (FileHash(name="m.onnx", size_bytes=3, sha256="a" * 64),)),
     exposed=EXPOSED,

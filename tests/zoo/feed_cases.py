@@ -15,7 +15,7 @@ TEXT = ("batch", "sequence")
 
 
 def port(name, shape, dtype=np.int64, rows=None):
-    return InputPort(name, np.dtype(dtype), tuple(shape), rows)
+    return InputPort(name, np.dtype(dtype).name, tuple(shape), rows)
 
 
 IDS, MASK = port("input_ids", TEXT), port("attention_mask", TEXT)
@@ -69,8 +69,8 @@ def _check_shapes(feed, ports):
         values = feed.values[p.name]
         assert values.dtype == p.dtype
         assert values.flags["C_CONTIGUOUS"]
-        assert values.ndim == len(p.shape)
-        for dim, size in zip(p.shape, values.shape, strict=True):
+        assert values.ndim == len(p.dims)
+        for dim, size in zip(p.dims, values.shape, strict=True):
             assert size == (dim if isinstance(dim, int) else sizes.setdefault(dim, size)), (p.name, dim)
     if "total_sequence" in sizes:
         assert sizes["total_sequence"] == sizes["past_sequence"] + sizes["sequence"] <= 20

@@ -46,7 +46,7 @@ from lora_export.graph.data_identity import mark_data
 from lora_export.graph.onnx_file import save_graph
 from lora_export.graph.proof import Proof
 from lora_export.progress import tell_stage
-from lora_export.storage.hashes import hash_file, hash_written
+from lora_export.storage.hashes import hash_shared, hash_written
 from lora_export.untrusted.places import is_file, is_folder
 
 if TYPE_CHECKING:
@@ -412,9 +412,8 @@ def _save(
     if is_file(data) and not data.stat().st_size:
         data.unlink()
     files = {data.name: hash_written(data, data.name)} if is_file(data) else {}
-    # What is not copied is not read either: these are known by a sample of them.
     for place in {str(tensor.location) for tensor in kept.values() if isinstance(tensor, ir.ExternalTensor)}:
-        files[place] = hash_file((folder or output.parent) / place)
+        files[place] = hash_shared((folder or output.parent) / place)
     mark_data(graph, files)
     save_graph(graph, output)
     return graph

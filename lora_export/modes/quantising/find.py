@@ -239,11 +239,16 @@ class _Rules:
     def _chosen(self, use: Use) -> str:
         name, module = str(use.root.name), module_of(use.node) or ""
         for kept in self._choice.keep:
-            if any(path == kept or path.endswith(f".{kept}") for path in (name, module)):
+            if is_kept(kept, name, module):
                 return f"kept in float, as asked (--keep {kept})"
         if id(use.node) in self._heads and not self._choice.head:
             return "the head, which makes the logits: --head quantises it"
         return ""
+
+
+def is_kept(kept: str, *paths: str | None) -> bool:
+    """Return whether a name that stays in float is one of these, or what one of them ends in."""
+    return any(path == kept or (path or "").endswith(f".{kept}") for path in paths)
 
 
 def _operator_reason(node: ir.Node) -> str:

@@ -19,11 +19,12 @@ from lora_export.graph.external_data import InitializerChange, merged_values
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.graph.quantised import QuantisedRecord, QuantisedWeight, add_record
 from lora_export.modes.quantising.choice import QuantiseChoice, checked
-from lora_export.modes.quantising.find import WeightRow, find_products
+from lora_export.modes.quantising.find import WeightRow, find_products, is_kept
 from lora_export.modes.quantising.rewrite import Rewriter
 from lora_export.modes.quantising.weight import CodedWeight
 from lora_export.storage.rounding import Mode, Rounding, update
-from lora_export.untrusted.shown import limited
+from lora_export.untrusted.places import is_folder
+from lora_export.untrusted.shown import limited, shown
 
 _SHOWN = 12
 
@@ -130,6 +131,7 @@ def quantise(
     """
     choice, method = checked(choice)
     products, rows = find_products(graph, choice)
+    _refuse_unknown(choice.keep, rows)
     if not products:
         _refuse_nothing(graph, rows)
     changes, roundings = changes or {}, dict[str, Rounding]()
@@ -165,6 +167,23 @@ def _refuse_nothing(graph: GraphFile, rows: Sequence[WeightRow]) -> None:
     )
 
 
+def _refuse_unknown(kept: Sequence[str], rows: Sequence[WeightRow]) -> None:
+    """Refuse names of modules to leave in float that are not in the graph: a typo would quantise one."""
+    # A weight with several readers has one's path in its row.
+    unknown = [
+        name
+        for name in kept
+        if not any(is_kept(name, row.weight, row.module) or f"(--keep {name})" in row.reason for row in rows)
+    ]
+    if unknown:
+        modules = sorted({row.module or row.weight for row in rows})
+        raise GraphError(
+            "the graph has no such modules to leave in float: " + ", ".join(map(shown, unknown)),
+            "give --keep a module's path, or what it ends in; these are there",
+            limited([shown(module) for module in modules], "modules", most=_SHOWN),
+        )
+
+
 def _stored(tensor: ir.TensorProtocol) -> Array:
     return np.asarray(tensor.numpy())
 
@@ -178,6 +197,8 @@ def _merged(
     costs: dict[str, Rounding],
 ) -> Array:
     mine: dict[str, Rounding] = {}
+    if scratch and not is_folder(scratch):
+        scratch = None  # small weights are made before the output's folder
     values = merged_values(root, change, rounding=rounding, scratch=scratch, costs=mine)
     update(costs, mine)
     return values

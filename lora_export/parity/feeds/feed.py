@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -26,6 +27,7 @@ from lora_export.graph.captured import (
     TOTAL_SEQUENCE,
 )
 from lora_export.graph.onnx_file import GraphFile
+from lora_export.graph.port import Port
 from lora_export.graph.roles import role_of
 
 InputKind = Literal[
@@ -39,38 +41,37 @@ _TOKEN_KINDS = ("ids", "types", "positions", "mask")
 
 
 @dataclass(frozen=True)
-class InputPort:
+class InputPort(Port):
     """An input of a graph that a feed must have.
 
     Attributes:
-        name: Name of the input.
-        dtype: Type in numpy or `ml_dtypes`.
-        shape: Size, name of the dimension, or None if it has neither, for each axis.
         rows: For an index: number of rows of the table that the graph looks it up in, or None if unknown.
     """
 
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | str | None, ...]
     rows: int | None = None
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Type of the values in a feed."""
+        return np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
 
     @property
     def kind(self) -> InputKind | None:
         """Purpose of the input; None if neither name nor dtype tells it."""
-        name, rank = self.name.lower(), len(self.shape)
+        name, rank = self.name.lower(), len(self.dims)
         if _PAST_NAME.match(name):
             return "past" if rank == 4 and is_float(self.dtype) else None
         if "mask" in name:
             return "mask" if rank == 2 else None
-        if "timestep" in name and self.dtype != np.bool_:
+        if "timestep" in name and self.dtype != "bool":
             return "timestep"
         if is_float(self.dtype):
             return "values"
-        if self.dtype == np.bool_:
+        if self.dtype == "bool":
             return "bools"
-        if self.dtype == np.uint8:
+        if self.dtype == "uint8":
             return "bytes"
-        if not np.issubdtype(self.dtype, np.integer):
+        if not self.dtype.startswith(("int", "uint")):
             return None
         if "cache_position" in name:
             return "steps" if rank == 1 else None
@@ -78,18 +79,17 @@ class InputPort:
 
     def role(self, axis: int) -> str | None:
         """Return the role of an axis, with the names of `captured`, or None if nothing tells it."""
-        dim = self.shape[axis]
+        dim = self.dims[axis]
         if self.kind == "past":
             # Not by the dimension's name: onnxruntime-genai calls the head's size kv_cache_dim.
             return {0: BATCH, 2: PAST_SEQUENCE}.get(axis)
         if self.kind == "steps":
             return SEQUENCE
-        if isinstance(dim, int) and (len(self.shape) == 1 or (axis and self.kind not in _TOKEN_KINDS)):
+        if isinstance(dim, int) and (len(self.dims) == 1 or (axis and self.kind not in _TOKEN_KINDS)):
             return None
         if axis == 1 and dim is not None and isinstance(dim, int):
             return self._side(SEQUENCE)
-        dims = tuple("" if size is None else size for size in self.shape)
-        found = str(dim) if dim in SIDES else role_of(self.name, dims, axis)
+        found = str(dim) if dim in SIDES else role_of(self.name, self.dims, axis)
         if found is None and axis == 1 and self.kind in _TOKEN_KINDS:
             found = SEQUENCE
         return self._side(found, str(dim)) if found == SEQUENCE else found
@@ -98,11 +98,6 @@ class InputPort:
         """Return the role of tokens: the decoder's role for tokens of a decoder after an encoder."""
         decoder = "decoder" in symbol or ("encoder" not in symbol and self.name.startswith("decoder_"))
         return DECODER_SEQUENCE if decoder else role
-
-    @property
-    def text(self) -> str:
-        """Type and shape for messages: ``int64 [batch, sequence]``."""
-        return f"{self.dtype.name} [{', '.join('?' if dim is None else str(dim) for dim in self.shape)}]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +198,7 @@ def rows_of(feed: Feed, indices: Sequence[int]) -> Feed:
 
 def shared_inputs(ports: Iterable[InputPort]) -> frozenset[str]:
     """Return the names of inputs whose first axis is not the batch."""
-    return frozenset(port.name for port in ports if not port.shape or port.role(0) != BATCH)
+    return frozenset(port.name for port in ports if not port.dims or port.role(0) != BATCH)
 
 
 def sizes_by_role(ports: Sequence[InputPort]) -> list[tuple[InputPort, int, str | None]]:
@@ -215,7 +210,7 @@ def sizes_by_role(ports: Sequence[InputPort]) -> list[tuple[InputPort, int, str 
     cached = any(port.kind == "past" for port in ports)
     found = []
     for port in ports:
-        for axis, dim in enumerate(port.shape):
+        for axis, dim in enumerate(port.dims):
             role = port.role(axis)
             if cached and port.kind == "mask" and isinstance(dim, int) and role == SEQUENCE:
                 role = TOTAL_SEQUENCE
@@ -249,9 +244,9 @@ def ports_of_graph(file: GraphFile, exclude: Collection[str] = ()) -> list[Input
     return [_port(value) for value in values]
 
 
-def is_float(dtype: np.dtype[Any]) -> bool:
-    """Return True if a dtype is a floating point type of numpy or `ml_dtypes`."""
-    return np.issubdtype(dtype, np.floating) or dtype.name.startswith(("bfloat", "float"))
+def is_float(dtype: str) -> bool:
+    """Return True if a dtype's name is that of a floating point type of numpy or `ml_dtypes`."""
+    return dtype.startswith(("bfloat", "float"))
 
 
 def _port(value: ir.Value) -> InputPort:
@@ -261,7 +256,7 @@ def _port(value: ir.Value) -> InputPort:
     dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
     # numpy has no fixed type for texts.
     dtype = np.dtype(object if value.dtype == ir.DataType.STRING else value.dtype.numpy())
-    return InputPort(value.name, dtype, dims, _rows_looked_up(value))
+    return InputPort(value.name, dtype.name, dims, _rows_looked_up(value))
 
 
 def _rows_looked_up(value: ir.Value) -> int | None:

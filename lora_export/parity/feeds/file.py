@@ -109,7 +109,7 @@ class _Checker:
         for name, port in self._ports.items():
             if name not in values:
                 continue
-            if port.dtype == _BFLOAT16 and values[name].dtype == np.dtype("V2"):
+            if port.dtype == "bfloat16" and values[name].dtype == np.dtype("V2"):
                 values[name] = values[name].view(_BFLOAT16)  # .npz can't express this dtype
             found = _port_problem(port, values[name])
             problems += found
@@ -127,7 +127,7 @@ class _Checker:
         for port, axis, role in self._axes:
             if port.name not in values:
                 continue
-            size, dim = values[port.name].shape[axis], port.shape[axis]
+            size, dim = values[port.name].shape[axis], port.dims[axis]
             if isinstance(dim, str):
                 other, where = symbols.setdefault(dim, (size, port.name))
                 if other != size:
@@ -161,12 +161,12 @@ class _Checker:
 
 def _port_problem(port: InputPort, values: Array) -> list[str]:
     problems = []
-    if values.dtype != port.dtype:
+    if values.dtype.name != port.dtype:
         problems.append(
-            f"{port.name}: {values.dtype.name}, wanted {port.dtype.name} (values.astype({port.dtype.name!r}))"
+            f"{port.name}: {values.dtype.name}, wanted {port.dtype} (values.astype({port.dtype!r}))"
         )
-    fixed = zip(port.shape, values.shape, strict=False)
-    if len(values.shape) != len(port.shape) or any(isinstance(d, int) and d != size for d, size in fixed):
+    fixed = zip(port.dims, values.shape, strict=False)
+    if len(values.shape) != len(port.dims) or any(isinstance(d, int) and d != size for d, size in fixed):
         problems.append(f"{port.name}: shape {list(values.shape)}, wanted {port.text}")
     return problems
 

@@ -253,18 +253,18 @@ class _Maker:
         return mask
 
     def _side(self, port: InputPort) -> str:
-        roles = {self._roles[port.name, axis] for axis in range(len(port.shape))}
+        roles = {self._roles[port.name, axis] for axis in range(len(port.dims))}
         return DECODER_SEQUENCE if DECODER_SEQUENCE in roles else SEQUENCE
 
     def _values(self, port: InputPort, lengths: dict[str, int], masks: dict[str, Array]) -> Array:
         shape = tuple(
             dim if isinstance(dim, int) else lengths[str(self._roles[port.name, axis])]
-            for axis, dim in enumerate(port.shape)
+            for axis, dim in enumerate(port.dims)
         )
         self._take(port.name, shape)
         mask = masks[self._side(port)]
         made = self._made(port, shape, mask)
-        return np.ascontiguousarray(made.astype(port.dtype))
+        return np.ascontiguousarray(made.astype(port.numpy_dtype))
 
     def _take(self, name: str, shape: tuple[int, ...]) -> None:
         """Count values before they are made: the graph only claims the sizes of its inputs."""

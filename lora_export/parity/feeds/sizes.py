@@ -50,7 +50,7 @@ class Sizes:
         problems = []
         smallest = dict(captured.smallest) if captured else {}
         for port, axis, role in sizes_by_role(ports):
-            dim = port.shape[axis]
+            dim = port.dims[axis]
             if role is not None:
                 roles.add(role)
             if isinstance(dim, int) and role is not None and fixed.setdefault(role, dim) != dim:

@@ -153,7 +153,7 @@ class PlainCandidate(Candidate):
             raise BackendError(
                 f"ONNX Runtime could not run {self.about.path.name}: {error}",
                 "compare the feeds' shapes with the graph's inputs",
-                [f"{port.name}: {port.dtype} {list(port.shape)}" for port in self.about.ports],
+                [f"{port.name}: {port.dtype} {list(port.dims)}" for port in self.about.ports],
             ) from error
         return {name: self._memory.read(value) for name, value in zip(self.about.outputs, found, strict=True)}
 
@@ -308,14 +308,14 @@ def describe(
     graph = file.content
     types = stored_types(graph)
     ports = ports_of_graph(graph, file.lora_inputs)
-    told = told_sizes(path, [(port.name, port.shape) for port in ports], shapes)
-    told.refuse_unknown((port.name, port.shape) for port in ports)
+    told = told_sizes(path, [(port.name, port.dims) for port in ports], shapes)
+    told.refuse_unknown((port.name, port.dims) for port in ports)
     return About(
         path=path,
         mode=_mode(file),
         runtime="onnxruntime",
         provider=provider or "cpu",
-        ports=tuple(replace(port, shape=told.dims(port.name, port.shape)) for port in ports),
+        ports=tuple(replace(port, dims=told.dims(port.name, port.dims)) for port in ports),
         outputs=tuple(output.name or "" for output in graph.graph.outputs),
         types=types,
         codes=codes_loss(graph, types.quantised),
@@ -346,15 +346,8 @@ def _identity(graph: GraphFile) -> str:
 
 
 def _describe_engine(file: ModelFile, engine: EngineRecord) -> About:
-    import ml_dtypes
-    import numpy as np
-
     ports = tuple(
-        InputPort(
-            port.name,
-            np.dtype(getattr(ml_dtypes, port.dtype, port.dtype)),
-            tuple(port.dims or port.shape),
-        )
+        InputPort(port.name, port.dtype, port.dims)
         for port in engine.inputs
         if port.name not in file.lora_inputs
     )

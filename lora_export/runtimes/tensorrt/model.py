@@ -16,10 +16,11 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.base.reads import graph_files
 from lora_export.binding.base_weights import GraphWeights, WeightOf
-from lora_export.engines.record import EngineRecord, Port, read_engine, record_path
+from lora_export.engines.record import EngineRecord, read_engine, record_path
 from lora_export.errors import AdapterError, BackendError, GraphError
 from lora_export.graph.exposed import WEIGHTS_INPUT, LoraRecord
 from lora_export.graph.onnx_file import load_graph
+from lora_export.graph.port import Port
 from lora_export.runtimes.feeds import Feeds, check_feeds, choose_outputs
 from lora_export.runtimes.session_options import EngineOptions
 from lora_export.runtimes.tensorrt.context import shapes_by_name
@@ -53,7 +54,7 @@ class EngineInput:
     @property
     def type(self) -> str:
         """Type and shape of the input as text."""
-        return f"{self.port.dtype} ({', '.join(map(str, self.port.dims or self.port.shape))})"
+        return f"{self.port.dtype} ({', '.join(map(str, self.port.dims))})"
 
 
 class EngineModel:

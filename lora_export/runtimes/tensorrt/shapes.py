@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lora_export.adapter import Array
-from lora_export.engines.record import EngineRecord, Port, Profile, ShapeRange
+from lora_export.engines.record import EngineRecord, Profile, ShapeRange
 from lora_export.errors import BackendError
+from lora_export.graph.port import Port
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -101,7 +102,7 @@ class EngineShapes:
         for name, shape in shapes.items():
             dims = self._ports[name].dims
             for dim, size in zip(dims, shape, strict=False):
-                if isinstance(dim, int):
+                if not isinstance(dim, str):
                     continue
                 known, where = seen.setdefault(dim, (size, name))
                 if known != size:
