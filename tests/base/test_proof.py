@@ -315,7 +315,7 @@ def test_a_large_base_in_its_place_is_hashed_whole_up_to_a_limit(limit, state, f
     found = {file.path.name: file for file in verify(graph).files}
     assert found["model.safetensors"].state == state
     if state == "sampled":
-        assert "captured in its place" in str(found["model.safetensors"].notes)
+        assert "captured in its place" in str(found["model.safetensors"].details)
     else:
         weights = tmp_path / "base" / "model.safetensors"
         changed = bytearray(weights.read_bytes())
