@@ -17,6 +17,8 @@ from lora_export.untrusted.fields import Count, FieldError, Size, from_plain
 
 KEY = "lora_export.quantised"
 _AGAIN = "quantise the float graph again"
+# Above any norm of float32 values; its square is a float as well.
+_LARGEST = 1e50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +102,10 @@ def quantised_in(metadata: Mapping[str, str]) -> list[QuantisedRecord]:
     except FieldError as error:
         raise GraphError(f"{where} is damaged", _AGAIN, error.problems) from error
     weights = [weight for record in records for weight in record.weights]
-    if not all(0 <= value < math.inf for weight in weights for value in (weight.relative, weight.norm)):
-        raise GraphError(f"{where} is damaged", _AGAIN, ["relative, norm: wanted finite numbers from 0 up"])
+    if not all(0 <= value < _LARGEST for weight in weights for value in (weight.relative, weight.norm)):
+        raise GraphError(
+            f"{where} is damaged", _AGAIN, [f"relative, norm: wanted numbers from 0 to {_LARGEST:g}"]
+        )
     return records
 
 

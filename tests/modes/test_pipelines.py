@@ -403,6 +403,10 @@ def test_parts_without_a_graph_are_left_out(pipe, tmp_path):
             ["merge-onnx", "--base", "PIPE", "--adapter", "A", "-o", "out", "--share-base"],
             "there is no --share-base",
         ),
+        (
+            ["merge-onnx", "--base", "PIPE", "--adapter", "A", "-o", "out", "--quantize", "int8"],
+            "there is no --quantize",
+        ),
         (["swap-onnx", "--base", "PIPE", "--adapter", "A", "-o", "m.onnx"], "pipeline of several models"),
         (["bank-onnx", "--base", "PIPE", "--adapter", "a=A", "-o", "m.onnx"], "pipeline of several models"),
     ],

@@ -22,6 +22,7 @@ from tiny_models import build
 from lora_export import quantize_onnx, verify
 from lora_export.cli import _run
 from lora_export.errors import CheckpointError, GraphError, OutputError
+from lora_export.graph.quantised import KEY as QUANTISED
 from lora_export.graph.quantised import quantised_in
 from lora_export.modes.quantising import weight as weights
 from lora_export.reports.artefact import read_artefact
@@ -456,6 +457,19 @@ def test_inspect_says_what_was_quantised(tmp_path):
     assert (entry["to"], entry["weights"], entry["block_size"]) == ("int4", 14, 16)
     assert entry["relative_error"] == pytest.approx(report.quantised.record.relative)
     assert any(line.startswith("quantised 14 weights to int4 (rtn, blocks of 16") for line in found.lines)
+
+
+@pytest.mark.parametrize("value", [1e200, -1.0, float("nan"), float("inf")])
+def test_a_record_with_a_norm_that_no_weights_have_is_damaged(value, tmp_path):
+    out = tmp_path / "q.onnx"
+    quantize_onnx(tiny.base_onnx("llama", "dynamo"), out)
+    model = onnx.load(out, load_external_data=False)
+    (entry,) = [entry for entry in model.metadata_props if entry.key == QUANTISED]
+    data = json.loads(entry.value)
+    data[0]["weights"][0]["norm"] = value
+    entry.value = json.dumps(data)
+    onnx.save(model, out)
+    assert _run(["inspect", str(out)], False) == 1
 
 
 def test_the_command_says_what_it_does(tmp_path, capsys):

@@ -118,6 +118,7 @@ def _refuse_options(base: Path, options: WriteOptions) -> None:
         "--kv-cache": options.kv_cache,
         "--fused": options.fused,
         "--share-base": options.share_base,
+        "--quantize": options.quantize is not None,
     }
     given = " and ".join(flag for flag, is_given in flags.items() if is_given)
     if given:
