@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from lora_export import AdapterSession, CheckpointError, check_parity, swap_onnx
+from lora_export import AdapterSession, CheckpointError, GraphError, capture_onnx, check_parity, swap_onnx
 from lora_export.base.capture import work
 from lora_export.base.capture.prepared import example_inputs
 from lora_export.base.kinds import KINDS, kind_of
@@ -216,6 +217,14 @@ CASES = {
         feeds=lambda: {"input_ids": ids(3, 4), "attention_mask": ones(3, 4)},
         targets=["q", "v"],
     ),
+    # Its config says that it is an encoder and a decoder.
+    "umt5 encoder": Case(
+        make=lambda: transformers.UMT5EncoderModel(transformers.UMT5Config(**T5)),
+        kind="text",
+        word="encoder",
+        feeds=lambda: {"input_ids": ids(3, 4), "attention_mask": ones(3, 4)},
+        targets=["q", "v"],
+    ),
     "t5": Case(
         make=lambda: transformers.T5ForConditionalGeneration(
             transformers.T5Config(**T5, decoder_start_token_id=0)
@@ -278,6 +287,35 @@ def test_a_folder_is_captured_as_it_was_saved(name, tmp_path):
         np.testing.assert_allclose(plain[key], base[key].numpy(), rtol=0, atol=1e-5 * scale)
         moved = max(moved, (wanted[key] - base[key]).abs().max().item() / scale)
     assert moved > 1e-2
+
+
+@pytest.mark.parametrize("name", ["LongT5EncoderModel", "SwitchTransformersEncoderModel", "T5EncoderModel"])
+def test_encoders_of_configs_of_both_halves(name):
+    made = getattr(transformers, name)
+    with torch.device("meta"):
+        model = made(made.config_class(**T5))
+        kind = kind_of(model)
+        assert set(kind.example_inputs(model, Path("none"))) <= set(
+            inspect.signature(model.forward).parameters
+        )
+
+
+@pytest.mark.proven
+def test_sounds_that_a_graph_is_for(tmp_path):
+    """Wav2Vec2-Conformer's graph fails on some lengths; PyTorch makes its table longer for long ones."""
+    settings = {"position_embeddings_type": "relative", "max_source_positions": 25, "conv_dim": (16,) * 7}
+    settings |= {"conv_stride": (5, 2, 2, 2, 2, 2, 2), "conv_kernel": (10, 3, 3, 3, 3, 2, 2)}
+    settings |= {"num_feat_extract_layers": 7}
+    model = transformers.Wav2Vec2ConformerModel(transformers.Wav2Vec2ConformerConfig(**SPEECH | settings))
+    model.eval().save_pretrained(tmp_path / "base")
+    longest = kind_of(model).largest(model)["samples"]
+    frames = [int(model._get_feat_extract_output_lengths(size)) for size in (longest, longest + 1)]
+    assert frames == [25, 26]
+    with pytest.raises(GraphError, match=r"can't run the graph on input_values \["):
+        capture_onnx(tmp_path / "base", tmp_path / "m.onnx")
+    graph, _ = capture_onnx(tmp_path / "base", tmp_path / "m.onnx", twin=False)
+    dims = Captured.from_metadata({entry.key: entry.value for entry in onnx.load(graph).metadata_props})
+    assert dims.largest == {"samples": longest}
 
 
 def test_parity_makes_sounds_of_several_lengths(tmp_path):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lora_export.base.capture.loading import load_model
+from lora_export.base.capture.twin import save_twin
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.layer_counts import refuse_large_numbers, refuse_many_layers
 from lora_export.base.checkpoint.meta_model import build_model
@@ -60,6 +61,13 @@ def test_what_a_config_makes_is_counted(folder):
         build_model(Checkpoint.open(folder))
     with pytest.raises(CheckpointError, match=r"asks for a model of more than 16\d+ modules and tensors"):
         load_model(folder, "float32")
+
+
+@pytest.mark.parametrize("folder", ["hash functions"], indirect=True)
+def test_what_a_twin_makes_is_counted(folder, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"asks for a model of more than 16\d+ modules and tensors"):
+        save_twin(transformers.CanineModel, config, tmp_path / "twin", folder)
 
 
 @pytest.mark.parametrize("folder", ["feed-forward networks"], indirect=True)

@@ -15,8 +15,10 @@ import transformers
 from click.testing import CliRunner
 
 from lora_export import GraphError, LoraExportError, OutputError, capture_onnx, verify
-from lora_export.base.capture import capture, kept, prove, twin
-from lora_export.base.capture.outline import build_outline, find_stacks
+from lora_export.base.capture import capture, gap, kept, prove, twin
+from lora_export.base.capture.outline import Stack, build_outline, find_stacks
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.kinds import kind_of
 from lora_export.cli import root
 from lora_export.graph.onnx_file import load_graph
 from lora_export.graph.proof import PROOF_KEY, Proof
@@ -231,6 +233,24 @@ def test_a_damaged_entry_is_not_used(place, folder, large, monkeypatch, tmp_path
     assert (tmp_path / "first.onnx.data").read_bytes() == (tmp_path / "second.onnx.data").read_bytes()
 
 
+@pytest.mark.parametrize("changed", ["checkpoint/names.py", "capture/twin.py", "kinds/text.py"])
+def test_another_state_of_the_code_has_other_entries(changed, folder, monkeypatch, tmp_path):
+    """Where each weight comes from is kept, too, and is found by the code for checkpoints."""
+    checkpoint, room = Checkpoint.open(folder), Path(kept.lora_export.base.__path__[0])
+    keys = []
+    for change in ("", "# another\n"):
+        copy = tmp_path / f"base{len(keys)}"
+        shutil.copytree(room, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        (copy / changed).write_text((copy / changed).read_text() + change)
+        with monkeypatch.context() as patch:
+            patch.setattr(kept.lora_export.base, "__path__", [str(copy)])
+            kept._versions.cache_clear()
+            keys.append(kept.key_of(checkpoint, {}))
+    kept._versions.cache_clear()
+    assert keys[0] != keys[1]
+    assert keys[0] == kept.key_of(checkpoint, {})
+
+
 def test_an_entry_under_another_name_is_not_used(folder, large, monkeypatch, tmp_path):
     monkeypatch.setenv("LORA_EXPORT_CACHE", str(tmp_path / "cache"))
     for cached in (False, True):
@@ -268,6 +288,42 @@ def test_a_model_that_goes_another_way_for_long_texts(tmp_path):
     """BigBird attends in blocks from some length on; what was traced of it attends in full."""
     config = transformers.BigBirdConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=99
+    )
+    transformers.BigBirdForMaskedLM(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(GraphError, match="answers otherwise than PyTorch"):
+        capture_onnx(tmp_path / "base", tmp_path / "m.onnx")
+
+
+# Blocks of which 1040 tokens are too few: BigBird attends in them from (5 + 2 · 3) · 128 tokens on.
+@pytest.mark.parametrize(
+    ("name", "settings", "turn"),
+    [
+        ("BigBirdForMaskedLM", {"block_size": 128}, 1408),
+        ("MiniMaxForCausalLM", {"block_size": 1500, "num_key_value_heads": 2}, 1500),
+        ("T5ForConditionalGeneration", {}, 1000),
+        ("LongT5ForConditionalGeneration", {"local_radius": 200}, 1000),
+    ],
+)
+def test_a_long_run_is_longer_than_what_a_model_does_at_once(name, settings, turn):
+    """Also where the config states no number of positions."""
+    made = getattr(transformers, name)
+    config = made.config_class(
+        **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99} | settings
+    )
+    with torch.device("meta"):
+        model = made(config)
+    runs = gap._plain_runs(kind_of(model), model, {"input_ids": torch.ones(2, 7, dtype=torch.int64)})
+    assert next(runs)["input_ids"].shape[1] > turn
+
+
+def test_a_model_of_larger_blocks_goes_another_way_too(tmp_path):
+    config = transformers.BigBirdConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        vocab_size=99,
+        block_size=128,
     )
     transformers.BigBirdForMaskedLM(config).save_pretrained(tmp_path / "base")
     with pytest.raises(GraphError, match="answers otherwise than PyTorch"):
@@ -337,6 +393,19 @@ def test_weights_that_can_not_stay_there(options, text, folder, tmp_path):
     with pytest.raises(OutputError, match=text):
         capture_onnx(folder, where / "m.onnx", share_base=True, **options)
     assert not (where / "m.onnx").exists()
+
+
+def test_stacks_of_one_depth_have_each_of_their_kinds():
+    """An encoder's and a decoder's twelve layers: only one of them has a kind that comes late."""
+    config = transformers.BartConfig(encoder_layers=12, decoder_layers=12)
+    templates = {"encoder.layers": (0, 1, *[1] * 9, 2), "decoder.layers": (0, *[1] * 7, 2, *[1] * 2, 3)}
+    stacks = [
+        Stack(path=path, depth=12, chosen=(0,), template=kinds, alike=()) for path, kinds in templates.items()
+    ]
+    for order in (stacks, stacks[::-1]):
+        small = twin.small_config(config, order)
+        for stack, depth in zip(stacks, (small.encoder_layers, small.decoder_layers), strict=True):
+            assert set(stack.template[:depth]) == set(stack.template)
 
 
 # Class, config, and what of it the twin has to keep.

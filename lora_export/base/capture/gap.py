@@ -2,8 +2,9 @@
 
 What is compared depends on the graph's inputs, not on the kind of model:
 
-* the example that the model was traced with, the same in several larger sizes, and one row of up to a
-  thousand tokens, because models may go another way from some length on;
+* the example that the model was traced with, the same in several larger sizes, and one row of a thousand
+  tokens (or of as many as the model has positions for, or blocks), because models may go another way from
+  some length on;
 * with a mask: padding on the left and on the right;
 * with a cache: a prompt with rows of different lengths, and steps behind it that go on with the cache.
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from lora_export.base.capture.export import first_line, named_tensors, run_module
 from lora_export.errors import GraphError
-from lora_export.graph.captured import BATCH
+from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, SEQUENCE
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -40,8 +41,10 @@ _WITHOUT_OWN = 5
 _STEPS = (1, 2, 1)
 # Larger sizes of the example; two more than one and a half times it have another number of a sound's frames.
 _FACTORS = (1.0, 1.5, 1.9, 2.2)
-# Tokens of the long row, and of its scores, which are computed in float64 as well.
-_LONG, _LONG_VALUES = 1040, 1 << 24
+# Tokens of the long row, at most so many for a model that works in blocks; and its scores, which are computed
+# in float64 as well.
+_LONG, _LONGEST, _LONG_VALUES = 1040, 4096, 1 << 24
+_TOKENS = (SEQUENCE, DECODER_SEQUENCE)
 _PAST, _PRESENT = "past_key_values.", "present."
 
 Feeds = Mapping[str, Any]
@@ -149,7 +152,7 @@ def _opened(graph: Path) -> ort.InferenceSession:
 def _plain_runs(kind: ModelKind, model: Any, example: Feeds) -> Iterator[dict[str, Any]]:
     """Yield the example, it in several larger sizes, and it with padding on the left and right."""
     largest, seen = kind.largest(model), {_sizes(example)}
-    if largest:
+    if largest or any(dim in _TOKENS for name in example for dim in kind.axes(name).values()):
         # First: a short text changes BigBird for all that come behind it.
         yield _long(kind, model, example)
     yield dict(example)
@@ -165,17 +168,27 @@ def _plain_runs(kind: ModelKind, model: Any, example: Feeds) -> Iterator[dict[st
         if _sizes(run) not in seen:
             seen.add(_sizes(run))
             yield run
+    if rests := kind.rests(model):
+        # torch.export may take the example's rest for every size's (in Wav2Vec2-Conformer's positions).
+        yield dict(example) | {
+            name: _resized(values, axis, min(rests[dim], largest.get(dim, rests[dim])))
+            for name, values in example.items()
+            for axis, dim in kind.axes(name).items()
+            if dim in rests
+        }
     yield from padded(example)
 
 
 def _long(kind: ModelKind, model: Any, example: Feeds) -> dict[str, Any]:
     """Return one row of many tokens: models may go another way from some length on."""
-    most = min(_LONG, _LONG_VALUES // max(1, kind.vocab_size(model) or 1))
-    run = {}
+    most = max(_LONG, min(kind.seam(model), _LONGEST))
+    most = min(most, _LONG_VALUES // max(1, kind.vocab_size(model) or 1))
+    largest, run = kind.largest(model), {}
     for name, values in example.items():
         for axis, dim in kind.axes(name).items():
-            longest = kind.largest(model).get(dim)
-            size = values.shape[axis] if longest is None else max(values.shape[axis], min(longest, most))
+            size = values.shape[axis]
+            if dim in largest or dim in _TOKENS:
+                size = max(size, min(largest.get(dim, most), most))
             values = _resized(values, axis, 1 if dim == BATCH else size)
         run[name] = values
     return run

@@ -2,8 +2,8 @@
 
 An entry is one ONNX file without data, ``captures/<key>.onnx`` in the user's cache folder. Its key is a hash
 of all that the graph depends on: the config, the sizes for images, names, shapes and types of the stored
-tensors, the options, the versions of all that traces, and the code of this package's captures. Where each
-weight comes from is in the entry's metadata, as is its proof. A damaged entry is removed.
+tensors, the options, the versions of all that traces, and this package's own code for bases and graphs.
+Where each weight comes from is in the entry's metadata, as is its proof. A damaged entry is removed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-import lora_export.base.capture
-import lora_export.base.kinds
+import lora_export.base
+import lora_export.graph
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.names import StoredPart
 from lora_export.base.kinds.model_kind import PROCESSOR
@@ -34,7 +34,7 @@ from lora_export.storage.outputs import OutputSet
 from lora_export.storage.sums import seal
 from lora_export.untrusted.documents import MAX_BYTES, open_regular, parse_json
 from lora_export.untrusted.fields import FieldError, check_plain
-from lora_export.untrusted.places import is_file, listed
+from lora_export.untrusted.places import files_below, is_file, listed
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "lora-export")
 _PARTS, _KEY = "lora_export.kept_parts", "lora_export.kept_key"
@@ -89,9 +89,10 @@ def _versions() -> dict[str, str]:
             found[name] = ""
     # A checkout has one version for many states of the code.
     digest = hashlib.sha256()
-    for room in (lora_export.base.capture, lora_export.base.kinds):
-        for path in sorted(listed(Path(room.__path__[0]), "*.py")):
-            digest.update(path.read_bytes())
+    for room in (lora_export.base, lora_export.graph):
+        for path in sorted(files_below(Path(room.__path__[0]))):
+            if path.suffix == ".py":
+                digest.update(path.read_bytes())
     return {**found, "code": digest.hexdigest()}
 
 

@@ -18,7 +18,7 @@ from lora_export.base.capture.loading import Loading, load_model
 from lora_export.base.capture.outline import build_outline, find_stacks
 from lora_export.base.capture.prepared import example_inputs, known_kind
 from lora_export.base.capture.twin import save_twin, small_config
-from lora_export.base.checkpoint.module_counts import weights_bytes
+from lora_export.base.checkpoint.module_counts import few_modules, weights_bytes
 from lora_export.base.parts import Part
 from lora_export.graph.proof import Proof
 from lora_export.progress import tell_stage
@@ -83,7 +83,7 @@ def prove_by_twin(folder: Path, loading: Loading, dtype: str, beside: Path, capt
     with scratch_folder(beside) as scratch:
         twin, graph = scratch / "twin", scratch / "twin.onnx"
         try:
-            save_twin(loading.kind, small_config(loading.config, _stacks(loading)), twin, folder)
+            save_twin(loading.kind, small_config(loading.config, _stacks(loading, folder)), twin, folder)
             model, _ = load_model(twin, dtype)
             example_inputs(model, twin)
             capture(twin, graph, dtype)
@@ -104,10 +104,10 @@ def _compare(graph: Path, folder: Path, dtype: str, part: Part = "") -> Gap:
         return measure_gap(graph, model, known_kind(model, folder), example_inputs(model, folder))
 
 
-def _stacks(loading: Loading) -> Sequence[Stack]:
+def _stacks(loading: Loading, folder: Path) -> Sequence[Stack]:
     import torch
 
     config: Any = copy.deepcopy(loading.config)
-    with quiet():
+    with quiet(), few_modules(folder):
         model, buffers = build_outline(loading.kind, config, torch.float32)
     return find_stacks(model, buffers)

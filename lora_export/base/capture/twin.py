@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.base.capture.export import quiet
+from lora_export.base.checkpoint.module_counts import few_modules
 from lora_export.untrusted.places import exists, listed
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def small_config(config: Any, stacks: Sequence[Stack]) -> Any:
         stacks: Its layers.
     """
     small = copy.deepcopy(config)
-    depths = {stack.depth: depth_of(stack) for stack in stacks}
+    depths: dict[int, int] = {}
+    for stack in stacks:  # an encoder's and a decoder's may be as deep, and have other kinds of layers
+        depths[stack.depth] = max(depth_of(stack), depths.get(stack.depth, 0))
     for part in _parts(small):
         _narrow(part)
         _shorten(part, depths)
@@ -129,7 +132,7 @@ def save_twin(kind: Any, config: Any, folder: Path, beside: Path) -> None:
     import torch
 
     torch.manual_seed(0)
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), few_modules(beside):
         model = kind._from_config(config, dtype=torch.float32).eval()
         for name, parameter in model.named_parameters():
             _fill(name, parameter)

@@ -19,6 +19,7 @@ from lora_export.base.capture.outline import Stack, build_outline, cut, find_sta
 from lora_export.base.capture.prepared import Traced
 from lora_export.base.capture.stamp import CannotStamp, stamp
 from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.module_counts import few_modules
 from lora_export.base.checkpoint.names import StoredPart, loaded_parts
 from lora_export.progress import tell_stage
 
@@ -62,7 +63,7 @@ def graph_without_weights(
         Exception: So it has where transformers, torch or the checkpoint raise something else.
     """
     _refuse_what_loading_changes(kind, config, dtype)
-    with quiet():
+    with quiet(), few_modules(checkpoint.folder):
         model, buffers = build_outline(kind, copy.deepcopy(config), dtype, attention)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     parts = _stored(model, checkpoint, shapes)

@@ -32,6 +32,19 @@ class Audio(ModelKind):
         """Return the word for it."""
         return "audio"
 
+    def largest(self, model: Any) -> dict[str, int]:
+        """Return the number of samples that a table of relative positions is for; none without one."""
+        # Wav2Vec2-Conformer makes its table longer when it has to; a graph can't.
+        config = model.config
+        frames = getattr(config, "max_source_positions", None)
+        if getattr(config, "position_embeddings_type", None) != "relative" or not isinstance(frames, int):
+            return {}
+        return {SAMPLES: _samples(config, frames + 1) - 1}
+
+    def rests(self, model: Any) -> dict[str, int]:
+        """Return a number of samples that is one short of another frame."""
+        return {SAMPLES: _samples(model.config, _FRAMES + 2) - 1}
+
     def smallest(self, model: Any) -> dict[str, int]:
         """Return the number of samples that make two frames."""
         return {SAMPLES: _samples(model.config, 2)}

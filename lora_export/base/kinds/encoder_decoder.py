@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export.base.kinds.model_kind import DECODER_TOKENS, TokenKind, text_inputs, token_ids
+from lora_export.base.kinds.model_kind import DECODER_TOKENS, TokenKind, parameters_of, text_inputs, token_ids
 from lora_export.graph.captured import DECODER_SEQUENCE, SEQUENCE, Kind
 
 
@@ -15,9 +15,8 @@ class EncoderDecoder(TokenKind):
 
     def takes(self, model: Any) -> bool:
         """Return whether a transformers model is of this kind."""
-        return model.main_input_name == "input_ids" and bool(
-            getattr(model.config, "is_encoder_decoder", False)
-        )
+        # Not its config: in UMT5EncoderModel's it still says of itself that it is one.
+        return model.main_input_name == "input_ids" and "decoder_input_ids" in parameters_of(model)
 
     def example_inputs(self, model: Any, folder: Path) -> dict[str, Any]:
         """Return ids and masks of the encoder, and ids of the decoder."""

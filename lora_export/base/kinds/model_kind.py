@@ -66,6 +66,14 @@ class ModelKind(ABC):
         """Return the name of each free axis that has a smallest size above 1; by default none."""
         return {}
 
+    def rests(self, model: Any) -> dict[str, int]:
+        """Return the name of each free axis that is divided by strides, and a size with the largest rest."""
+        return {}
+
+    def seam(self, model: Any) -> int:
+        """Return the number of tokens from which on a model may compute in another way; by default 0."""
+        return 0
+
     def step(self, model: Any, dim: str) -> int:
         """Return the number of which the sizes of a free axis are multiples; by default 1."""
         return 1
@@ -93,6 +101,15 @@ class TokenKind(ModelKind):
         """Return the number of positions, if the config has one."""
         longest = longest_of(model, model.config.get_text_config())
         return {SEQUENCE: longest} if longest else {}
+
+    def seam(self, model: Any) -> int:
+        """Return what the config's blocks of tokens say; 0 if it has none."""
+        config = model.config.get_text_config()
+        block, random = (getattr(config, name, None) for name in ("block_size", "num_random_blocks"))
+        if not isinstance(block, int):
+            return 0
+        # BigBird attends in full where its blocks would cover all (``modeling_big_bird``).
+        return block * (5 + 2 * random if isinstance(random, int) else 1) + 1
 
     def vocab_size(self, model: Any) -> int | None:
         """Return the number of token ids; None if the config has none."""

@@ -80,7 +80,8 @@ class Sizes:
 
     def samples(self, number: int) -> int:
         """Return the number of samples of a sound in the feed of a number: not always the same."""
-        return (2 + number % 3) * self.smallest.get(SAMPLES, 1) + number
+        wanted = (2 + number % 3) * self.smallest.get(SAMPLES, 1) + number
+        return min(wanted, self.largest.get(SAMPLES, wanted))
 
     def sides(self, number: int) -> dict[str, int]:
         """Return the sides of latents in the feed of a number, multiples of the smallest ones."""
