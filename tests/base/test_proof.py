@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from lora_export import GraphError, LoraExportError, OutputError, capture_onnx, verify
 from lora_export.base.capture import capture, gap, kept, prove, twin
-from lora_export.base.capture.outline import Stack, build_outline, find_stacks
+from lora_export.base.capture.outline import CannotStamp, Stack, build_outline, cut, find_stacks
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.kinds import kind_of
 from lora_export.cli import root
@@ -439,3 +439,70 @@ def test_a_twin_is_small_and_of_the_same_kind(name, tmp_path):
         assert {*map(type, made.get_submodule(own.path))}
         assert len(own.chosen) >= 3 or own.depth < 3
         assert np.ptp(own.template) == len(own.chosen) - 1
+
+
+def a_llama_that(asks):
+    """Return a class of Llamas whose code outside the layers asks something about their numbers."""
+
+    class Asking(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            asks(self)
+
+        def forward(self, input_ids, attention_mask=None, **more):
+            scale = sum(2.0 for number in range(len(self.model.layers)) if number in self.config.special)
+            return super().forward(input_ids, attention_mask=attention_mask, **more).logits * (1 + scale)
+
+    return Asking
+
+
+def run_cut(model):
+    cut(model, find_stacks(model, {}))
+    with torch.no_grad():
+        model(torch.ones(1, 3, dtype=torch.long))
+
+
+def test_layers_that_are_known_by_their_numbers_are_not_cut(monkeypatch):
+    config = transformers.LlamaConfig(**SIZES)
+    plain = transformers.LlamaForCausalLM(config)
+    stacks = find_stacks(plain, {})
+    assert len(stacks[0].chosen) < stacks[0].depth
+    cut(plain, stacks)
+
+    def refused(config, asks=lambda model: None):
+        model = a_llama_that(asks)(config).eval()
+        with pytest.raises(CannotStamp) as caught:
+            run_cut(model)
+        return str(caught.value)
+
+    def marked(model):
+        model.marks = ["a", "b", *"aaaa"]
+
+    def sparse(model):
+        model.marks = {2: "a"}
+
+    assert "numbers of layers in special" in refused(transformers.LlamaConfig(**SIZES, special=[2, 4]))
+    assert "an entry for each layer" in refused(transformers.LlamaConfig(**SIZES, special=[]), marked)
+    assert "entries for single layers" in refused(transformers.LlamaConfig(**SIZES, special=[]), sparse)
+
+    def uneven(model):
+        monkeypatch.setattr(transformers.LlamaConfig, "is_heterogeneous", True)
+
+    assert "per_layer_config" in refused(transformers.LlamaConfig(**SIZES, special=[]), uneven)
+
+
+def test_an_outline_without_a_twin_is_not_written(folder, large, monkeypatch, tmp_path):
+    def fails(*_):
+        raise RuntimeError("too small")
+
+    monkeypatch.setattr(prove, "small_config", fails)
+    shutil.copytree(folder, tmp_path / "base")
+    with pytest.raises(LoraExportError, match="no small model of its config can be made") as caught:
+        capture_onnx(tmp_path / "base", tmp_path / "m.onnx", trace="outline")
+    assert "--no-twin" in caught.value.hint
+    with pytest.raises(LoraExportError) as caught:
+        capture_onnx(tmp_path / "base", tmp_path / "base" / "m.onnx", share_base=True)
+    assert "omit --share-base; or --no-twin" in caught.value.hint
+    assert not (tmp_path / "m.onnx").exists()
+    capture_onnx(tmp_path / "base", tmp_path / "m.onnx", trace="outline", twin=False)
+    assert proof_of(tmp_path / "m.onnx")["of"] == "nothing"

@@ -125,7 +125,8 @@ def capture_checkpoint(
             return output
         except CannotOutline as error:
             if trace == "outline":
-                raise CheckpointError(error.message, "give --trace loaded") from error
+                way_out = "give --trace loaded" if share_from is None else "omit --share-base"
+                raise CheckpointError(error.message, f"{way_out}{error.or_else}") from error
             tell_stage(f"{error.message}: loading it")
     _write_loaded(path, output, way, proven=proven)
     return output
@@ -160,9 +161,9 @@ class Way:
 class CannotOutline(Exception):
     """A model can't be traced without its weights."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, or_else: str = "") -> None:
         super().__init__(message)
-        self.message = message
+        self.message, self.or_else = message, or_else
 
 
 def _write_outlined(
@@ -188,13 +189,16 @@ def _write_outlined(
     if kept is None:
         loading = look_at(path)
         proof = _twin_proof(path, output, loading, way, proven=proven, in_place=share_from is None)
-        if way.fused and proof is not None and proof.of == "nothing" and proven:
-            raise CannotOutline(f"{path} is traced with its weights, because {proof.reason}")
+        # Copied layers are believed only where they were compared.
+        if proof is not None and proof.of == "nothing" and proven:
+            raise CannotOutline(
+                f"{path} is traced with its weights, because {proof.reason}",
+                "; or --no-twin, to write a graph that was not compared with PyTorch",
+            )
         kept = _in_outline(checkpoint, loading, way)
         if proof is not None:
             kept.graph.metadata_props.update(proof.to_metadata())
-        # Why there is no twin may be over the next time.
-        if not (is_twin or (proven and proof is not None and proof.of == "nothing")):
+        if not is_twin:
             keep(key, kept)
     weights = Weights(checkpoint, kept.parts)
     linked = set()

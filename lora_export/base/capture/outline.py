@@ -7,7 +7,8 @@ graph is made as deep as the model is by `stamp`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ _SMALL = 1 << 16
 # Settings of configs that say how many layers there are.
 _NUMBERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _PLAIN = (bool, int, float, str, type(None))
+
+
+class CannotStamp(Exception):
+    """A rule does not hold: the model has to be traced as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +96,16 @@ def cut(model: Any, stacks: list[Stack]) -> Callable[[], None]:
     Returns:
         A function that gives the config its numbers of layers back: a cache is made for so many layers as the
         config says, but what the model computes with that number is meant for all of them.
+
+    Raises:
+        CannotStamp: Code outside the layers knows them by their numbers.
     """
     import torch
 
     numbers: list[tuple[Any, str, int]] = []
     for stack in stacks:
+        if len(stack.chosen) < stack.depth:
+            _refuse_numbers(model, stack)
         owner, _, name = stack.path.rpartition(".")
         layers = model.get_submodule(stack.path)
         kept = [layers[index] for index in stack.chosen]
@@ -117,6 +127,46 @@ def cut(model: Any, stacks: list[Stack]) -> Callable[[], None]:
             setattr(config, name, number)
 
     return restore
+
+
+def _refuse_numbers(model: Any, stack: Stack) -> None:
+    """Refuse what is said of layers by their numbers, which would be others' in the cut model.
+
+    A config's own set or dict of numbers may be there for the layers' constructors alone: it is refused when
+    the cut model asks it for one.
+    """
+    for path, module in model.named_modules():
+        if path.startswith(f"{stack.path}.") or type(module).__module__.startswith("torch."):
+            continue
+        for name, value in vars(module).items():
+            if isinstance(value, list) and len(value) == stack.depth and any(v != value[0] for v in value):
+                raise CannotStamp(f"{path or 'the model'}.{name} has an entry for each layer")
+            if isinstance(value, dict) and _are_numbers(value, stack.depth):
+                raise CannotStamp(f"{path or 'the model'}.{name} has entries for single layers")
+    for config in _configs(model):
+        if getattr(config, "is_heterogeneous", False):
+            raise CannotStamp("its config has settings for single layers (per_layer_config)")
+        for name, value in list(vars(config).items()):
+            if isinstance(value, (list, tuple)) and _are_numbers(value, stack.depth):
+                setattr(config, name, _Numbers(name, value))
+
+
+class _Numbers(list[int]):
+    """Numbers of layers in a config, which a cut model must not ask for one of its own."""
+
+    def __init__(self, name: str, values: Iterable[int]) -> None:
+        super().__init__(values)
+        self._name = name
+
+    def __contains__(self, number: object) -> bool:
+        raise CannotStamp(f"its code asks for the numbers of layers in {self._name}")
+
+
+def _are_numbers(values: Collection[object], depth: int) -> bool:
+    """Return whether values may be the numbers of some layers: whole, below the depth, in their order."""
+    found = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
+    rises = all(a < b for a, b in itertools.pairwise(found))
+    return bool(found) and len(found) == len(values) < depth and rises and found[0] >= 0 and found[-1] < depth
 
 
 def _configs(model: Any) -> Iterator[Any]:

@@ -22,14 +22,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.base.capture.outline import Stack
+from lora_export.base.capture.outline import CannotStamp, Stack
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _CACHE = re.compile(r"(past_key_values|present)\.(\d+)\.")
-
-
-class CannotStamp(Exception):
-    """A rule does not hold: the model has to be traced as a whole."""
 
 
 def stamp(graph: ir.Graph, stack: Stack, has_cache: bool) -> None:
