@@ -24,6 +24,7 @@ import onnx_ir as ir
 
 import lora_export.base.capture
 import lora_export.base.kinds
+import lora_export.base.lowering
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.names import StoredPart
 from lora_export.base.kinds.model_kind import PROCESSOR
@@ -89,7 +90,7 @@ def _versions() -> dict[str, str]:
             found[name] = ""
     # A checkout has one version for many states of the code.
     digest = hashlib.sha256()
-    for room in (lora_export.base.capture, lora_export.base.kinds):
+    for room in (lora_export.base.capture, lora_export.base.kinds, lora_export.base.lowering):
         for path in sorted(listed(Path(room.__path__[0]), "*.py")):
             digest.update(path.read_bytes())
     return {**found, "code": digest.hexdigest()}

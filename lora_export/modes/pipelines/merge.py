@@ -117,6 +117,7 @@ def _refuse_options(base: Path, options: WriteOptions) -> None:
         "--checkpoint": bool(options.checkpoint),
         "--kv-cache": options.kv_cache,
         "--fused": options.fused,
+        "--runtime": options.runtime != "portable",
         "--share-base": options.share_base,
     }
     given = " and ".join(flag for flag, is_given in flags.items() if is_given)
