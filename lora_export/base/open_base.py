@@ -232,6 +232,7 @@ def _captured(
         dtype=options.dtype or "float32",
         kv_cache=options.kv_cache,
         fused=options.fused,
+        runtime=options.runtime,
         part=options.part,
         replaced=[] if prepare else [name for adapter in adapters for name in adapter.extras],
     )
@@ -252,7 +253,12 @@ def _explained(error: SiteError, base: Base) -> SiteError:
 
 def _refuse_capturing(base: Path, options: WriteOptions) -> None:
     """Refuse options of a capture for a graph."""
-    flags = {"--dtype": options.dtype is not None, "--kv-cache": options.kv_cache, "--fused": options.fused}
+    flags = {
+        "--dtype": options.dtype is not None,
+        "--kv-cache": options.kv_cache,
+        "--fused": options.fused,
+        "--runtime": options.runtime != "portable",
+    }
     given = " and ".join(flag for flag, is_given in flags.items() if is_given)
     if given:
         raise GraphError(

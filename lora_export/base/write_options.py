@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lora_export.base.lowering import Runtime
 from lora_export.base.parts import Part
 from lora_export.base.reads import CheckpointChoice
 
@@ -20,6 +21,7 @@ class WriteOptions:
         dtype: Dtype in which a folder is captured; float32 if None.
         kv_cache: Capture a decoder with its key-value cache.
         fused: Capture attention, rotary embeddings and RMS norms as one node each.
+        runtime: Runtime that a captured folder is lowered for.
         quantize: Type to quantise the written weights to, ``int4`` or ``int8``; None: they stay floats.
         share_base: Leave unchanged weights in the base's files.
         allow_unmatched: Leave out parameters that have no site.
@@ -33,6 +35,7 @@ class WriteOptions:
     dtype: str | None = None
     kv_cache: bool = False
     fused: bool = False
+    runtime: Runtime = "portable"
     quantize: str | None = None
     share_base: bool = False
     allow_unmatched: bool = False

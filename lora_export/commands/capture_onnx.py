@@ -8,7 +8,8 @@ from typing import Literal
 
 import click
 
-from lora_export.commands.options import quantize_option
+from lora_export.base.lowering import Runtime
+from lora_export.commands.options import quantize_option, runtime_option
 from lora_export.commands.printing import print_lines
 from lora_export.commands.verb import Verb
 
@@ -49,6 +50,7 @@ _PATH = click.Path(path_type=Path)
     is_flag=True,
     help="Write attention, rotary embeddings and RMS norms as one node each (opset 23).",
 )
+@runtime_option
 @click.option(
     "--no-twin",
     is_flag=True,
@@ -65,6 +67,7 @@ def capture_onnx(
     kv_cache: bool,
     trace: Literal["auto", "loaded", "outline"],
     fused: bool,
+    runtime: Runtime,
     no_twin: bool,
     share_base: bool,
     quantize: str | None,
@@ -104,6 +107,7 @@ def capture_onnx(
             kv_cache=kv_cache,
             trace=trace,
             fused=fused,
+            runtime=runtime,
             twin=not no_twin,
             share_base=share_base,
             quantize=quantize,

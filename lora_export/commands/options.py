@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lora_export.base.lowering import RUNTIMES
 from lora_export.commands.named_path import split_named
 from lora_export.commands.printing import print_json, print_lines, print_warnings
 from lora_export.commands.whole_numbers import LARGEST, Whole
@@ -68,6 +69,14 @@ _MERGE_INPUTS = [
         "--weight", "weights", multiple=True, type=float, help="Factor of an adapter; one for each --adapter."
     ),
 ]
+_RUNTIME = click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    default="portable",
+    show_default=True,
+    help="Operators that a checkpoint folder is captured in: ONNX's alone, or, implying --fused, also ONNX "
+    "Runtime's that are fast on CUDA; with a cache these take rows padded on the right only.",
+)
 _CAPTURE_OPTIONS = [
     click.option(
         "--dtype", type=click.Choice(DTYPES), help="Type of a captured checkpoint folder; by default float32."
@@ -82,6 +91,7 @@ _CAPTURE_OPTIONS = [
         is_flag=True,
         help="Capture a checkpoint folder with attention, rotary embeddings and RMS norms as one node each.",
     ),
+    _RUNTIME,
 ]
 _QUANTIZE = click.option(
     "--quantize",
@@ -151,6 +161,11 @@ def merge_options(command: Command) -> Command:
 def capture_options(command: Command) -> Command:
     """Add the options for how a checkpoint folder is captured."""
     return _with(command, _CAPTURE_OPTIONS)
+
+
+def runtime_option(command: Command) -> Command:
+    """Add ``--runtime``."""
+    return _with(command, [_RUNTIME])
 
 
 def quantize_option(command: Command) -> Command:

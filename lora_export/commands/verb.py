@@ -38,7 +38,7 @@ _OPTIONS = {
         *("targets", "against", "checkpoint", "no_checkpoint", "feeds", "baseline"),
     ),
     "How an adapter is read": ("alpha", "rank", "rslora", "format", "from_format", "component"),
-    "How a folder is captured": ("dtype", "kv_cache", "fused", "trace"),
+    "How a folder is captured": ("dtype", "kv_cache", "fused", "runtime", "trace"),
     "How weights are quantised": (
         *("to", "method", "block_size", "asymmetric", "accuracy_level", "keep", "head", "embeddings"),
         "quantize",

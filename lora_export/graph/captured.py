@@ -1,9 +1,9 @@
 """The record of a captured graph's model: its kind, and the largest sizes of its dimensions.
 
 It is two entries of the graph's own metadata, each JSON, so that the graph can be compiled or served without
-the checkpoint: `MODEL_KEY` ``{"kind", "kv_cache", "dtype", "vocab_size"}`` and `DIMS_KEY` ``{"sequence":
-{"max": 2048}, "samples": {"min": 720}, …}``, by the names that the graph's inputs give their dimensions. A
-dimension without a limit has no entry.
+the checkpoint: `MODEL_KEY` ``{"kind", "kv_cache", "dtype", "vocab_size", "padding"}`` and `DIMS_KEY`
+``{"sequence": {"max": 2048}, "samples": {"min": 720}, …}``, by the names that the graph's inputs give their
+dimensions. A dimension without a limit has no entry; ``padding`` stands there if it is not ``any``.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class Captured:
         vocab_size: Number of token ids, if it reads tokens.
         largest: Name of a dimension → the largest size that the model has positions for.
         smallest: Name of a dimension → the smallest size that the model can read, if that is not 1.
+        padding: Sides on which rows may be padded, ``any`` or ``right``. With ``right`` several tokens behind
+            a past are for one row, and a new token behind a past is never padding.
     """
 
     kind: Kind
@@ -71,12 +73,15 @@ class Captured:
     vocab_size: Size | None = None
     largest: Mapping[str, Size] = field(default_factory=dict)
     smallest: Mapping[str, Size] = field(default_factory=dict)
+    padding: Literal["any", "right"] = "any"
 
     def to_metadata(self) -> dict[str, str]:
         """Return the entries of a graph's metadata."""
         model: dict[str, object] = {"kind": self.kind, "kv_cache": self.kv_cache, "dtype": self.dtype}
         if self.vocab_size is not None:
             model["vocab_size"] = self.vocab_size
+        if self.padding != "any":
+            model["padding"] = self.padding
         dims: dict[str, dict[str, int]] = {}
         for limit, sizes in (("max", self.largest), ("min", self.smallest)):
             for name, size in sizes.items():

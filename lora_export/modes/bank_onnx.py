@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_export.adapter import Adapter, LoraModule
+from lora_export.base.lowering import Runtime
 from lora_export.base.open_base import Base, open_base
 from lora_export.base.reads import CheckpointChoice
 from lora_export.base.write_options import WriteOptions
@@ -62,6 +63,7 @@ def bank_onnx(
     dtype: str | None = None,
     kv_cache: bool = False,
     fused: bool = False,
+    runtime: Runtime = "portable",
     quantize: str | None = None,
     share_base: bool = False,
     allow_unmatched: bool = False,
@@ -90,6 +92,7 @@ def bank_onnx(
         dtype: Dtype of a captured folder: ``float32`` (the default), ``float16`` or ``bfloat16``.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         fused: Capture attention, rotary embeddings and RMS norms as one node each (opset 23).
+        runtime: Runtime that a captured folder is lowered for, as for `capture_onnx`.
         quantize: Quantise the written weights to ``int4`` or ``int8`` as `quantize_onnx` does by default,
             LoRA stays in float on top.
         share_base: Leave the weights in the base's own data files.

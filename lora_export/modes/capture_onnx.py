@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_export.base.capture.capture import Trace, capture_checkpoint
 from lora_export.base.checkpoint.quantised import refuse_packed
+from lora_export.base.lowering import Runtime
 from lora_export.base.open_base import output_paths
 from lora_export.base.pipeline_graphs import is_pipeline
 from lora_export.base.reads import files_read
@@ -49,6 +50,7 @@ def capture_onnx(
     kv_cache: bool = False,
     trace: Trace = "auto",
     fused: bool = False,
+    runtime: Runtime = "portable",
     twin: bool = True,
     share_base: bool = False,
     quantize: str | None = None,
@@ -66,6 +68,9 @@ def capture_onnx(
             weights, so that a model larger than memory can be captured; ``auto`` is ``outline`` wherever that
             is possible.
         fused: Write attention, rotary embeddings and RMS norms as one node each (opset 23).
+        runtime: ``portable``: operators of ONNX alone. ``ort-cuda``: fused, and with operators of ONNX
+            Runtime's own that its CUDA provider is fastest with. Attention over the cache then takes rows
+            that are padded on the right only, and several tokens behind a past in one row only.
         twin: Compare the graph with PyTorch in ONNX Runtime before it is written: that of a small model with
             its own weights, that of a large one by a twin, a small random model that is captured in the same
             way. The graph's metadata says what was compared.
@@ -89,6 +94,7 @@ def capture_onnx(
         kv_cache=kv_cache,
         trace=trace,
         fused=fused,
+        runtime=runtime,
         twin=twin,
         share_base=share_base,
         quantize=quantize,
@@ -106,6 +112,7 @@ def capture(
     kv_cache: bool,
     trace: Trace,
     fused: bool,
+    runtime: Runtime,
     twin: bool,
     share_base: bool,
     quantize: str | None,
@@ -119,7 +126,7 @@ def capture(
     graph = Path(output)
     if is_pipeline(Path(checkpoint)):
         given = {"--kv-cache": kv_cache, "--fused": fused, "--share-base": share_base}
-        given["--quantize"] = choice is not None
+        given |= {"--runtime": runtime != "portable", "--quantize": choice is not None}
         _refuse_options(Path(checkpoint), given | {"--trace outline": trace == "outline"})
         written = capture_pipeline(Path(checkpoint), graph, dtype, force=force, proven=twin)
         return CaptureReport(written)
@@ -143,6 +150,7 @@ def capture(
             kv_cache=kv_cache,
             trace=trace,
             fused=fused,
+            runtime=runtime,
             proven=twin,
             share_from=graph.parent if share_base else None,
         )

@@ -14,6 +14,7 @@ from lora_export import __version__
 from lora_export.adapter import Adapter
 from lora_export.base.history.history import MANIFEST, History, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
+from lora_export.base.lowering import Runtime
 from lora_export.base.open_base import Base, open_base, output_paths
 from lora_export.base.pipeline_graphs import is_pipeline
 from lora_export.base.planning.of_module import refuse_other_modules
@@ -60,6 +61,7 @@ def merge_onnx(
     dtype: str | None = None,
     kv_cache: bool = False,
     fused: bool = False,
+    runtime: Runtime = "portable",
     quantize: str | None = None,
     share_base: bool = False,
     allow_unmatched: bool = False,
@@ -85,6 +87,7 @@ def merge_onnx(
             the sum, computed in float32, is rounded once.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         fused: Capture attention, rotary embeddings and RMS norms as one node each (opset 23).
+        runtime: Runtime that a captured folder is lowered for, as for `capture_onnx`.
         quantize: Quantise the written weights to ``int4`` or ``int8`` as `quantize_onnx` does by default,
             after the merge.
         share_base: Leave unchanged weights in the base's own data files; the output's data file holds

@@ -195,8 +195,8 @@ def _feeds(sides: Sides, choice: _FeedChoice) -> list[Feed]:
         seed=choice.seed,
         samples=choice.samples,
         vocab_size=vocabulary_of(sides),
-        padded=about.pads,
-        long_past=about.pads,
+        padding=about.padding,
+        long_past=about.padding == "any",
     )
     reference, seed = sides.reference, choice.seed
     if isinstance(reference, CheckpointReference) and about.caches and reference.has(BASE):

@@ -135,7 +135,8 @@ def _graph(file: ModelFile, graph: GraphFile, data: Mapping[str, int]) -> Artefa
     ]
     if captured is not None:
         cache = ", with a key-value cache" if captured.kv_cache else ""
-        lines.append(f"captured  {captured.kind}, {captured.dtype}{cache}")
+        padding = ", rows padded on the right only" if captured.padding == "right" else ""
+        lines.append(f"captured  {captured.kind}, {captured.dtype}{cache}{padding}")
     if proof is not None:
         lines.append(f"proof     {proof}")
     lines += limited([f"quantised {_quantised_text(entry)}" for entry in quantised], "times", _NAMED)

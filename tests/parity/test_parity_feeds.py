@@ -108,6 +108,26 @@ def test_paddings_and_pasts_all_occur():
     assert kinds == {(past, padding) for past in (True, False) for padding in ("none", "left", "right")}
 
 
+@pytest.mark.parametrize(
+    ("padding", "wanted"),
+    [
+        ("right", {(False, "none"), (False, "right"), (True, "none")}),
+        ("none", {(False, "none"), (True, "none")}),
+    ],
+)
+def test_graphs_that_take_less_padding_get_less(padding, wanted):
+    """Behind a past no row has any: its cache would have to be without gaps."""
+    kinds = set()
+    for feed in make_feeds(CACHED, DECODER, [3], [6], samples=6, padding=padding, long_past=False):
+        assert feed.past == 0 or feed.batch == 1 or feed.values["input_ids"].shape[1] == 1
+        for row in feed.values["attention_mask"]:
+            kinds.add((feed.past > 0, "left" if not row[0] else "none" if row[-1] else "right"))
+    for feed in make_feeds(CACHED, DECODER, [3], [1], samples=4, padding=padding, long_past=False):
+        for row in feed.values["attention_mask"]:
+            kinds.add((feed.past > 0, "none" if row.all() else "padded"))
+    assert kinds == wanted
+
+
 def test_rows_alone_are_padded_on_both_sides_too():
     masks = [
         feed.values["attention_mask"][0] for feed in make_feeds(PLAIN, PLAIN_RECORD, [1], [6], samples=3)

@@ -39,6 +39,8 @@ from lora_export.base.capture.without_weights import graph_without_weights
 from lora_export.base.checkpoint.checkpoint import Checkpoint, diffusers_class
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
+from lora_export.base.lowering import RUNTIMES, Runtime
+from lora_export.base.lowering.lower import lower_graph
 from lora_export.base.parts import Part
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph.captured import DTYPES, Captured
@@ -71,6 +73,7 @@ def capture_checkpoint(
     replaced: Collection[str] = (),
     trace: Trace = "auto",
     fused: bool = False,
+    runtime: Runtime = "portable",
     proven: bool = True,
     share_from: Path | None = None,
     part: Part = "",
@@ -92,6 +95,8 @@ def capture_checkpoint(
             and loaded where that can't be.
         fused: Write attention, rotary embeddings and RMS norms as one node each (opset 23), which runtimes
             compute with kernels of their own.
+        runtime: Runtime that the graph is lowered for (`lora_export.base.lowering`), fused first; of the
+            portable graph only ONNX's operators are asked.
         proven: Compare the graph with PyTorch in ONNX Runtime: a small model's own, a large model's by a
             twin, which is captured in the same way. The graph's metadata says so (`lora_export.graph.proof`).
         share_from: Leave weights in the checkpoint's own files, where these hold them in the graph's dtype
@@ -107,13 +112,25 @@ def capture_checkpoint(
         CheckpointError: The folder can't be loaded or lacks weights, its kind of input is unknown, it has no
             cache, or weights don't fit into the dtype.
         GraphError: torch.onnx can't export the model, or the graph computes something else.
-        OutputError: The dtype is unknown, or the checkpoint's weights can't stay where they are.
+        OutputError: The dtype or runtime is unknown, or the checkpoint's weights can't stay where they are.
     """
     if dtype not in DTYPES:
         raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
+    if runtime not in RUNTIMES:
+        raise OutputError(f"there is no runtime {runtime!r} to capture for", f"one of: {', '.join(RUNTIMES)}")
+    is_lowered = runtime != "portable"
     require("torch", "transformers", "onnxscript")
+    if is_lowered:
+        require("onnxruntime", extra="cpu")
     path = Path(folder)
-    way = Way(dtype=dtype, kv_cache=kv_cache, replaced=tuple(replaced), fused=fused, part=part)
+    way = Way(
+        dtype=dtype,
+        kv_cache=kv_cache,
+        replaced=tuple(replaced),
+        fused=fused or is_lowered,
+        runtime=runtime,
+        part=part,
+    )
     if share_from is not None:
         _refuse_sharing(path, share_from, trace, replaced)
         trace = "outline"
@@ -140,6 +157,7 @@ class Way:
         dtype: As for `capture_checkpoint`.
         kv_cache: As for `capture_checkpoint`.
         fused: As for `capture_checkpoint`.
+        runtime: As for `capture_checkpoint`.
         replaced: As for `capture_checkpoint`.
         in_outline: Trace without weights.
         part: As for `capture_checkpoint`.
@@ -148,6 +166,7 @@ class Way:
     dtype: str
     kv_cache: bool
     fused: bool
+    runtime: Runtime = "portable"
     replaced: tuple[str, ...] = ()
     in_outline: bool = False
     part: Part = ""
@@ -295,7 +314,7 @@ def _loaded(path: Path, way: Way) -> tuple[ir.Model, Captured]:
         name_total(graph)
     if captured.kind == "denoiser":
         spread_timestep(graph)
-    return graph, captured
+    return graph, lower_graph(graph, captured, way.runtime)
 
 
 def _in_outline(checkpoint: Checkpoint, loading: Loading, way: Way) -> Kept:
@@ -330,7 +349,8 @@ def _in_outline(checkpoint: Checkpoint, loading: Loading, way: Way) -> Kept:
         raise CannotOutline(f"{path} can't be traced without its weights: {first_line(error)}") from error
     if way.kv_cache:
         name_total(kept.graph)
-    kept.graph.metadata_props.update(described[-1].to_metadata())
+    captured = lower_graph(kept.graph, described[-1], way.runtime)
+    kept.graph.metadata_props.update(captured.to_metadata())
     return kept
 
 

@@ -3,8 +3,9 @@
 https://onnx.ai/onnx/operators/onnx__RMSNormalization.html,
 https://onnx.ai/onnx/operators/onnx__RotaryEmbedding.html. Rules:
 
-1. RMS norm: ``w * x * Reciprocal(Sqrt(ReduceMean(x²) + eps))`` over the last axis, w a weight of that size.
-   Between two Casts it is computed in the inner type, which the operator has a name for.
+1. RMS norm: ``w * x * Reciprocal(Sqrt(ReduceMean(x²) + eps))`` over the last axis, w a weight of that size
+   (or one more, as Gemma's). Between two Casts it is computed in the inner type, which the operator has a
+   name for.
 2. Rotary embedding: ``x * cos + concat(-x2, x1) * sin`` of the halves x1, x2 of x's last axis, where cos and
    sin have two equal halves: those of an angle that is joined with itself. The operator reads one half.
 
@@ -52,7 +53,7 @@ def fuse_nodes(model: ir.Model) -> dict[str, int]:
 def _norm(last: ir.Node) -> ir.Node | None:
     """Return the norm that a product with its weight ends; None if it ends none (rule 1)."""
     for scale, normal in (last.inputs, last.inputs[::-1]):
-        if scale is None or normal is None or not scale.is_initializer():
+        if scale is None or normal is None or not is_constant(scale):
             continue
         inner, outer = _without_cast(normal)
         core = inner.producer()
@@ -72,6 +73,14 @@ def _norm(last: ir.Node) -> ir.Node | None:
                 {"axis": -1, "epsilon": epsilon, "stash_type": int(x.dtype or ir.DataType.FLOAT)},
             )
     return None
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Return whether a value is a weight, or computed from weights and constants alone."""
+    if value is None or value.is_initializer():
+        return True
+    node = value.producer()
+    return node is not None and all(map(is_constant, node.inputs))
 
 
 def _is_norm(given: ir.Value, x: ir.Value, out: ir.Value, scale: ir.Value) -> bool:

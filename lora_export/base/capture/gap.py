@@ -8,6 +8,9 @@ What is compared depends on the graph's inputs, not on the kind of model:
 * with a mask: padding on the left and on the right;
 * with a cache: a prompt with rows of different lengths, and steps behind it that go on with the cache.
 
+A graph whose record says that it takes padding on the right only is compared on that, with one token a step
+for several rows; the cache of a padded row is its own there, which the steps behind it read.
+
 The limit is 2e-6 of the largest expected value (in 16 bits, four units of their precision), or four times
 what PyTorch's own answers are away from those of the same weights in float64, whichever is larger.
 """
@@ -25,7 +28,7 @@ import numpy as np
 
 from lora_export.base.capture.export import first_line, named_tensors, run_module
 from lora_export.errors import GraphError
-from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, SEQUENCE
+from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, SEQUENCE, Captured
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -38,7 +41,7 @@ _EXACT, _EXACT_HALVES, _OWN = 2e-6, 4, 4
 # As many times as much, where there is no answer in float64 to measure PyTorch's own error with.
 _WITHOUT_OWN = 5
 # Tokens of the steps behind a prompt.
-_STEPS = (1, 2, 1)
+_STEPS, _ONE_BY_ONE = (1, 2, 1), (1, 1, 1)
 # Larger sizes of the example; two more than one and a half times it have another number of a sound's frames.
 _FACTORS = (1.0, 1.5, 1.9, 2.2)
 # Tokens of the long row, at most so many for a model that works in blocks; and its scores, which are computed
@@ -98,7 +101,11 @@ def measure_gap(graph: Path, model: Any, kind: ModelKind, example: Feeds) -> Gap
 
     session = _opened(graph)
     has_cache = any(port.name.startswith(_PAST) for port in session.get_inputs())
-    runs = list(_cached_runs(kind, model, example) if has_cache else _plain_runs(kind, model, example))
+    stated = Captured.from_metadata(session.get_modelmeta().custom_metadata_map)
+    is_right = stated is not None and stated.padding == "right"
+    runs = list(
+        _cached_runs(kind, model, example, is_right) if has_cache else _plain_runs(kind, model, example)
+    )
     # A run may change what a module does later: the second one begins as the first did.
     second = copy.deepcopy(model)
     answers = [_of_module(model, runs, has_cache)]
@@ -110,21 +117,28 @@ def measure_gap(graph: Path, model: Any, kind: ModelKind, example: Feeds) -> Gap
         answers.append(_of_module(second.double(), doubled, has_cache))
     except Exception:  # of the model's own code, some of which computes in one dtype only
         answers.append([])
-    return _worst(runs, *answers, least=exact)
+    seen = [
+        [
+            {name: _seen(value, run, is_right) for name, value in answer.items()}
+            for run, answer in zip(runs, found, strict=bool(found))
+        ]
+        for found in answers
+    ]
+    return _worst(*seen, least=exact)
 
 
-def _worst(runs: Sequence[Feeds], expected: Answers, actual: Answers, exact: Answers, *, least: float) -> Gap:
+def _worst(expected: Answers, actual: Answers, exact: Answers, *, least: float) -> Gap:
     """Return the gap that is largest in its limit."""
     worst: Gap | None = None
-    for number, (run, want, got) in enumerate(zip(runs, expected, actual, strict=True)):
+    for number, (want, got) in enumerate(zip(expected, actual, strict=True)):
         for name in want.keys() & got.keys():
-            wanted = _seen(want[name], run)
+            wanted = want[name]
             if not wanted.is_floating_point():
                 continue
-            error = _distance(_seen(got[name], run), wanted)
+            error = _distance(got[name], wanted)
             limit = _WITHOUT_OWN * least
             if exact and name in exact[number]:
-                limit = max(least, _OWN * _distance(wanted, _seen(exact[number][name], run)))
+                limit = max(least, _OWN * _distance(wanted, exact[number][name]))
             count = sum(map(bool, expected))
             gap = Gap(error=error, limit=limit, output=f"{name} of run {number + 1}", runs=count)
             if worst is None or not error / limit <= worst.error / worst.limit:
@@ -215,19 +229,23 @@ def padded(inputs: Feeds) -> list[dict[str, Any]]:
     return found
 
 
-def _cached_runs(kind: ModelKind, model: Any, example: Feeds) -> Iterator[dict[str, Any]]:
+def _cached_runs(kind: ModelKind, model: Any, example: Feeds, is_right: bool) -> Iterator[dict[str, Any]]:
     """Yield a prompt of three rows, two of them padded, what comes behind it, and a long one."""
     import torch
 
     ids = example["input_ids"]
     ids = torch.cat([ids, ids[:1].flip(1)])
     mask = torch.ones_like(ids)
-    mask[1, :3], mask[2, -2:] = 0, 0
+    mask[1, -3:] = mask[2, -2:] = 0
+    if not is_right:
+        mask[1] = mask[1].flip(0)
     has_positions = "position_ids" in inspect.signature(model.forward).parameters
-    yield _step(ids, mask, has_positions)
-    for tokens in _STEPS:
-        mask = torch.cat([mask, mask.new_ones(len(mask), tokens)], 1)
-        yield _step(ids[:, 1 : 1 + tokens], mask, has_positions)
+    prompts = [(ids, mask, _ONE_BY_ONE), (ids[:1], mask[:1], _STEPS)] if is_right else [(ids, mask, _STEPS)]
+    for tokens, given, steps in prompts:
+        yield _step(tokens, given, has_positions)
+        for count in steps:
+            given = torch.cat([given, given.new_ones(len(given), count)], 1)
+            yield _step(tokens[:, 1 : 1 + count], given, has_positions)
     long = _long(kind, model, {"input_ids": example["input_ids"]})["input_ids"]
     yield _step(long, torch.ones_like(long), has_positions)
 
@@ -315,13 +333,15 @@ def _counted(size: int, like: torch.Tensor) -> torch.Tensor:
     return torch.arange(size, device=like.device)
 
 
-def _seen(values: torch.Tensor, run: Feeds) -> torch.Tensor:
+def _seen(values: torch.Tensor, run: Feeds, is_right: bool) -> torch.Tensor:
     """Return an output without its padded tokens: nobody reads them."""
     mask, ids = run.get("attention_mask"), run.get("input_ids")
     if mask is None or ids is None or not values.ndim or len(values) != len(ids):
         return values
     if values.shape[:2] == ids.shape:
         return values[mask[:, -ids.shape[1] :].bool()]
+    if is_right:
+        return values[mask.bool().all(1)]
     # What is read of one token may be read of a padded one (CLIP's text encoder reads the first).
     return values[mask[:, 0].bool()]
 

@@ -43,11 +43,12 @@ _QUANTISED = (
     "QEmbed",
 )
 _HINTS = {
-    "GroupQueryAttention": "onnxruntime-genai's builder writes GroupQueryAttention: capture the checkpoint "
-    "instead (capture-onnx HF_FOLDER --kv-cache)",
+    "GroupQueryAttention": "onnxruntime-genai's builder and --runtime ort-cuda write GroupQueryAttention: "
+    "capture the checkpoint in ONNX's operators (capture-onnx HF_FOLDER --kv-cache --runtime portable)",
     "quantised": "quantised for ONNX Runtime's own kernels: build from the float graph, or quantise with "
     "QuantizeLinear and DequantizeLinear, symmetric int8",
-    "fused": "ONNX Runtime's fusions: export without them, or save no optimised model",
+    "fused": "ONNX Runtime's fusions: export without them (capture with --runtime portable), or save no "
+    "optimised model",
     "custom": "export without custom operators",
     "absent": "export the model without this operator, or run the graph with ONNX Runtime",
 }

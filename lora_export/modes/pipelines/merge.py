@@ -117,6 +117,7 @@ def _refuse_options(base: Path, options: WriteOptions) -> None:
         "--checkpoint": bool(options.checkpoint),
         "--kv-cache": options.kv_cache,
         "--fused": options.fused,
+        "--runtime": options.runtime != "portable",
         "--share-base": options.share_base,
         "--quantize": options.quantize is not None,
     }

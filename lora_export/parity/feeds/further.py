@@ -95,7 +95,7 @@ class FurtherFeeds:
                 samples=1,
                 vocab_size=vocabulary_of(self._sides),
                 first=first,
-                padded=False,
+                padding="none",
             )
         except BackendError:
             # The graph does not take this size; the next one may fit.

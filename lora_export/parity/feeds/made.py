@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -49,7 +50,13 @@ _MAX_VOCABULARY = 1 << 22
 # Values of all feeds together: eight of four large scans each (Donut's, of 2560 × 1920 pixels).
 _MAX_VALUES = 1 << 29
 _UNCLEAR = "give sizes with --shape NAME=SIZE, or values for all inputs: --feeds FILE.npz or FILE.safetensors"
-_PADDINGS = ("none", "left", "right")
+Padding = Literal["any", "right", "none"]
+# What rows have in turn, by what a graph takes; ``prompt`` is on the right, where there is no past.
+_PADDINGS: dict[Padding, tuple[str, ...]] = {
+    "any": ("none", "left", "right"),
+    "right": ("none", "prompt"),
+    "none": ("none",),
+}
 
 
 def make_feeds(
@@ -61,7 +68,7 @@ def make_feeds(
     samples: int = 8,
     vocab_size: int | None = None,
     first: Sequence[int] = (),
-    padded: bool = True,
+    padding: Padding = "any",
     long_past: bool = True,
 ) -> list[Feed]:
     """Make feeds for a graph; the same arguments give the same bytes.
@@ -81,7 +88,7 @@ def make_feeds(
         samples: Number of feeds; at least the number of batches and of sequences.
         vocab_size: Number of token ids; it overrides the metadata, and these the graph's table.
         first: Token ids that are dealt before all others.
-        padded: Pad some rows, if the graph has a mask.
+        padding: Sides on which rows are padded, if the graph has a mask; ``right``: in prompts.
         long_past: Also make feeds of several rows with several new tokens after a past.
 
     Returns:
@@ -106,7 +113,7 @@ def make_feeds(
         vocabularies=_vocabularies(ports, captured, vocab_size),
         seed=seed,
         first=first,
-        padded=padded,
+        paddings=_PADDINGS[padding],
         long_past=long_past,
     )
     pairs = _pairs(rows, tokens)
@@ -190,10 +197,10 @@ class _Maker:
         vocabularies: dict[str, int | None],
         seed: int,
         first: Sequence[int],
-        padded: bool,
+        paddings: Sequence[str],
         long_past: bool,
     ) -> None:
-        self._ports, self._sizes, self._padded, self._long_past = ports, sizes, padded, long_past
+        self._ports, self._sizes, self._paddings, self._long_past = ports, sizes, paddings, long_past
         self._shared = shared_inputs(ports)
         self._random = np.random.default_rng(seed)
         self._decks = {name: _Deck(size or 0, self._random, first) for name, size in vocabularies.items()}
@@ -237,13 +244,13 @@ class _Maker:
         self._take("the mask", (batch, past + sequence))
         mask = np.ones((batch, past + sequence), np.bool_)
         has_mask = any(port.kind == "mask" and self._side(port) == side for port in self._ports)
-        if not (has_mask and self._padded):
+        if not has_mask:
             return mask
         for row in range(batch):
-            padding = _PADDINGS[(row + first) % len(_PADDINGS)]
+            padding = self._paddings[(row + first) % len(self._paddings)]
             # Never pad all tokens of the past, nor all new tokens.
             most = past - 1 if padding == "left" and past else sequence - 1
-            if padding == "none" or most < 1:
+            if padding == "none" or most < 1 or (padding == "prompt" and past):
                 continue
             count = int(self._random.integers(1, most + 1))
             if padding == "left":

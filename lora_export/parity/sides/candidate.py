@@ -20,7 +20,7 @@ from lora_export.graph.onnx_file import GraphFile
 from lora_export.graph.roles import is_batch
 from lora_export.graph.stored_types import StoredTypes, stored_types
 from lora_export.graph.told_sizes import told_sizes
-from lora_export.parity.feeds.made import InputPort, ports_of_graph
+from lora_export.parity.feeds.made import InputPort, Padding, ports_of_graph
 from lora_export.parity.judge.limits import STEP, CodesLoss
 from lora_export.parity.result import BASE, State, state_of
 from lora_export.parity.sides.codes import codes_loss
@@ -52,7 +52,7 @@ class About:
         sha256: Identity of the file.
         crossed: Names of outputs that compare each row of one batch with each of another.
         codes: Loss by quantising; None for float weights, and where nothing tells it.
-        pads: True if its rows may be padded.
+        padding: How its rows may be padded: by `make_feeds`.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class About:
     sha256: str = ""
     crossed: frozenset[str] = frozenset()
     codes: CodesLoss | None = None
-    pads: bool = True
+    padding: Padding = "any"
 
     @property
     def dtype(self) -> str:
@@ -319,7 +319,7 @@ def describe(
         outputs=tuple(output.name or "" for output in graph.graph.outputs),
         types=types,
         codes=codes_loss(graph, types.quantised),
-        pads=not any(node.op_type == _COUNTS_MASK for node in graph.graph.all_nodes()),
+        padding=_padding(file, graph),
         captured=file.captured,
         record=file.lora_record,
         sha256=_identity(graph),
@@ -343,6 +343,14 @@ def _identity(graph: GraphFile) -> str:
     """Return the identity of a graph with its weights, which may be in files beside it."""
     hashes = [hash_file(graph.path), *map(hash_file, sorted(graph.data_files()))]
     return identity_of(hashes) if len(hashes) > 1 else hashes[0].sha256
+
+
+def _padding(file: ModelFile, graph: GraphFile) -> Padding:
+    """Return how rows may be padded: what the operators take, of which the metadata may claim less."""
+    stated = file.captured.padding if file.captured else "none"
+    if any(node.op_type == _COUNTS_MASK for node in graph.graph.all_nodes()):
+        return "right" if stated == "right" else "none"
+    return "any"
 
 
 def _describe_engine(file: ModelFile, engine: EngineRecord) -> About:

@@ -213,13 +213,14 @@ def _of_codes(about: About, tolerance: Tolerance) -> list[str]:
 
 
 def _of_padding(about: About) -> list[str]:
-    """Return a note on a candidate that gets no padded rows."""
-    if about.pads:
+    """Return a note on a candidate whose rows may not be padded on each side."""
+    if about.padding == "any":
         return []
+    checked = "prompts are padded on the right" if about.padding == "right" else "rows are not padded"
     return [
         f"{about.path.name} has GroupQueryAttention, which counts a mask's ones and takes them for the first "
-        "tokens: rows are not padded here, and padded on the left they would be wrong; several tokens after "
-        "a past are checked in one row"
+        f"tokens: {checked} here, and padded on the left they would be wrong; several tokens after a past "
+        "are checked in one row"
     ]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.binding.base_weights import GraphWeights, WeightOf
 from lora_export.errors import BackendError, GraphError
+from lora_export.graph.captured import Captured
 from lora_export.graph.exposed import WEIGHTS_INPUT, LoraRecord, lora_record_of
 from lora_export.graph.exposed_inputs import size_problems
 from lora_export.graph.onnx_file import load_graph
@@ -21,6 +22,7 @@ from lora_export.runtimes.ort.cuda_graphs import CudaGraphs
 from lora_export.runtimes.ort.device import DTYPES, DeviceMemory, OrtValue, Provider, host_value
 from lora_export.runtimes.ort.mapped import MappedFiles
 from lora_export.runtimes.ort.open import open_session
+from lora_export.runtimes.ort.padding import padding_problem
 from lora_export.runtimes.ort.resident import Resident
 from lora_export.storage.inputs import same_inputs
 from lora_export.untrusted.places import is_file
@@ -97,7 +99,10 @@ class OrtModel:
 
     def _open_record(self, path: Path) -> None:
         """Read what the graph says of its LoRA tensors, and compare it with the graph."""
-        self.record = lora_record_of(self.session.get_modelmeta().custom_metadata_map, str(path))
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.record = lora_record_of(metadata, str(path))
+        captured = Captured.from_metadata(metadata)
+        self._is_right = captured is not None and captured.padding == "right"
         ports = {
             port.name: OrtInput(port.name, port.type, tuple(port.shape), required)
             for listed, required in (
@@ -130,9 +135,16 @@ class OrtModel:
         """Return the feeds as they are bound.
 
         Raises:
-            BackendError: Inputs missing, unknown or of another dtype; all of them are listed.
+            BackendError: Inputs missing, unknown or of another dtype, all of them listed; or rows that are
+                padded as the graph does not take them.
         """
         check_feeds(self.path, feeds, inputs=self.inputs, lora=self.lora, type_problem=self._type_problem)
+        if self._is_right and (problem := padding_problem(feeds)):
+            raise BackendError(
+                f"{self.path.name} takes rows that are padded on the right only, in a prompt",
+                "pad on the right, or capture the checkpoint with --runtime portable (runtime='portable')",
+                [problem],
+            )
         return [(name, _as_bound(value)) for name, value in feeds.items()]
 
     def fitted(self, tensors: Mapping[str, Array], adapter: str) -> tuple[Mapping[str, Array], list[str]]:
