@@ -9,12 +9,14 @@ The folders of graphs have the names of optimum's ONNX pipelines: ``unet``, ``tr
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.history.history import MANIFEST
 from lora_export.base.kinds import DIFFUSERS
 from lora_export.base.parts import Part
 from lora_export.base.pipeline import INDEX
@@ -30,7 +32,8 @@ _VAE, _VAE_CLASS = "vae", "AutoencoderKL"
 _DOWNLOAD = "download the pipeline again, or save it with save_pretrained"
 # Ends of files that hold weights, and of code.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
-_CODE = ".py"
+# Documents of tokenizers, schedulers and processors.
+_DOCUMENTS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 # Tokenizers of large vocabularies have 30 MB.
 _COPIED_BYTES = 64 << 20
 
@@ -105,6 +108,10 @@ def open_pipeline(folder: Path) -> Pipeline:
     for name, entry in index.items():
         if isinstance(entry, list):
             reading.add(name, entry)
+    for name, count in Counter(graph.name for graph in reading.graphs).items():
+        if count > 1:
+            owners = " and ".join(graph.component for graph in reading.graphs if graph.name == name)
+            reading.problems.append(f"{owners}: the folder of its graph, {name}, is another's")
     if not any(graph.component != _VAE and not graph.part for graph in reading.graphs):
         found = ", ".join(f"{name} ({index[name][1]})" for name in reading.left_out)
         wanted = ", ".join(name for name in DIFFUSERS if name != _VAE_CLASS)
@@ -116,6 +123,7 @@ def open_pipeline(folder: Path) -> Pipeline:
         )
     kept = {name: [None, None] if name in reading.left_out else value for name, value in index.items()}
     notes = [f"left out, as no graph is made from it: {name}" for name in reading.left_out]
+    notes += [f"left out, as it is not a document: {name}" for name in reading.not_copied]
     pipeline = Pipeline(
         folder=folder,
         index=kept,
@@ -151,6 +159,7 @@ class _Reading:
     graphs: list[PipelineGraph] = field(default_factory=list)
     copied: list[Path] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    not_copied: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def add(self, name: str, entry: list[Any]) -> None:
@@ -164,7 +173,7 @@ class _Reading:
             case _:
                 self.problems.append(f"{INDEX}: {name} is {seen(entry)}, wanted library and class")
                 return
-        if Path(name).name != name or not is_folder(place):
+        if Path(name).name != name or name in (INDEX, MANIFEST) or not is_folder(place):
             self.problems.append(f"{name} ({kind}): no folder of it")
         elif library == "diffusers" and kind == _VAE_CLASS and name == _VAE:
             self.graphs.append(PipelineGraph("vae_decoder", name, place))
@@ -188,7 +197,8 @@ class _Reading:
         large = [path for path in files if path.stat().st_size > _COPIED_BYTES]
         self.problems += [f"{path}: more than {_COPIED_BYTES} bytes" for path in large]
         # Code is not needed for a class of a library, and nobody should be asked to run it.
-        self.copied += [path.relative_to(self.folder) for path in files if path.suffix != _CODE]
+        self.copied += [path.relative_to(self.folder) for path in files if path.suffix in _DOCUMENTS]
+        self.not_copied += [f"{name}/{path.name}" for path in files if path.suffix not in _DOCUMENTS]
 
 
 def _damaged(graphs: list[PipelineGraph]) -> Iterator[str]:

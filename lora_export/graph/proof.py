@@ -67,6 +67,7 @@ class Proof:
     def __str__(self) -> str:
         if self.of == "nothing":
             return f"not compared with PyTorch: {self.reason}"
-        what = "compared with PyTorch" if self.of == "model" else "a small twin of it compared with PyTorch"
+        what = f"compared with PyTorch in {self.dtype}"
+        what = what if self.of == "model" else f"a small twin of it {what}"
         gap = f"a relative difference of {self.error:.1e}, at most {self.limit:.1e} wanted"
         return f"{what} on {self.runs} inputs: {gap}"

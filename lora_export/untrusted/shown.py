@@ -60,12 +60,12 @@ def safe(text: object, most: int = MAX_LINE) -> str:
 
 
 def command(words: Iterable[object]) -> str:
-    """Return words as a shell reads them; "" if they are so many that a line would be cut.
+    """Return words as a shell reads them; "" if a line would be cut, or characters of theirs be escaped.
 
     A part of a command is another one: cut between quotes, a name's own words would be run.
     """
     text = shlex.join(map(str, words))
-    return text if len(text) <= MAX_LINE else ""
+    return text if len(text) <= MAX_LINE and shown(text) == text else ""
 
 
 def shown_lines(lines: Iterable[object], most: int = MAX_LINE) -> list[str]:

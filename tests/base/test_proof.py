@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from lora_export import GraphError, LoraExportError, OutputError, capture_onnx, verify
 from lora_export.base.capture import capture, gap, kept, prove, twin
@@ -173,7 +175,7 @@ def test_the_verb(folder, large, tmp_path):
     arguments = ["capture-onnx", str(folder), "-o", str(tmp_path / "m.onnx")]
     result = CliRunner().invoke(root, arguments)
     assert result.exit_code == 0, result.output
-    assert "a small twin of it compared with PyTorch on 8 inputs" in result.output
+    assert "a small twin of it compared with PyTorch in float32 on 8 inputs" in result.output
     result = CliRunner().invoke(root, [*arguments, "--force", "--no-twin"])
     assert result.exit_code == 0, result.output
     assert "not compared with PyTorch: it was not asked for" in result.output
@@ -272,6 +274,40 @@ def test_files_of_the_users_stay_in_the_cache(folder, large, monkeypatch, tmp_pa
         capture_onnx(folder, tmp_path / f"{cached}.onnx", kv_cache=cached)
     assert mine.read_bytes() == b"mine"
     assert len(list(mine.parent.glob("*.onnx"))) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="POSIX's owners")
+def test_a_cache_that_others_can_write_to_is_not_used(folder, large, monkeypatch, tmp_path):
+    """An entry says which weights go where, and a twin's proof says nothing of that."""
+    monkeypatch.setenv("LORA_EXPORT_CACHE", str(tmp_path / "cache"))
+    capture_onnx(folder, tmp_path / "m.onnx")
+    captures = tmp_path / "cache" / "captures"
+    (entry,) = captures.glob("*.onnx")
+    key, tensors = entry.stem, Checkpoint.open(folder).tensors
+    assert captures.stat().st_mode & 0o777 == 0o700
+    assert kept.find(key, tensors) is not None
+    captures.chmod(0o777)
+    assert kept.find(key, tensors) is None
+    captures.chmod(0o700)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: captures.stat().st_uid + 1)
+        assert kept.find(key, tensors) is None
+    assert kept.find(key, tensors) is not None
+
+
+def test_a_folder_without_weights_is_refused_before_a_twin_is_made(folder, large, monkeypatch, tmp_path):
+    shutil.copytree(folder, tmp_path / "base")
+    save_file({"x": torch.zeros(4)}, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(prove, "save_twin", lambda *_: pytest.fail("a twin was made"))
+    with pytest.raises(LoraExportError, match="lacks"):
+        capture_onnx(tmp_path / "base", tmp_path / "m.onnx")
+
+
+def test_a_twin_that_is_still_large_is_not_made(folder, large, monkeypatch, tmp_path):
+    monkeypatch.setattr(prove, "_MOST_VALUES", 1000)
+    monkeypatch.setattr(prove, "save_twin", lambda *_: pytest.fail("a twin was made"))
+    with pytest.raises(LoraExportError, match=r"a small model of its config still has \d+,\d+ values"):
+        capture_onnx(folder, tmp_path / "m.onnx", trace="outline")
 
 
 def test_why_there_is_no_twin_is_not_kept(folder, large, monkeypatch, tmp_path):

@@ -372,10 +372,13 @@ def test_a_pipeline_that_lacks_something(pipe, tmp_path, traced):
         ({"unet": "diffusers"}, "no denoiser"),
         ({"unet": ["diffusers"]}, "wanted library and class"),
         ({"../up": ["diffusers", "UNet2DConditionModel"]}, "no folder of it"),
+        ({"vae_decoder": ["diffusers", "UNet2DConditionModel"]}, "its graph, vae_decoder, is another's"),
     ],
 )
 def test_an_index_that_is_not_followed(change, text, pipe, tmp_path, traced):
     folder = with_index(copied(pipe, tmp_path / "pipe"), **change)
+    if "vae_decoder" in change:
+        shutil.copytree(pipe / "unet", folder / "vae_decoder")
     with pytest.raises(CheckpointError) as caught:
         capture_onnx(folder, tmp_path / "out")
     assert re.search(text, "\n".join([caught.value.message, *caught.value.problems]))
@@ -388,10 +391,14 @@ def test_parts_without_a_graph_are_left_out(pipe, tmp_path):
     )
     shutil.copytree(pipe / "text_encoder", folder / "safety_checker")
     (folder / "scheduler/mine.py").write_text("raise SystemExit")
+    (folder / "scheduler/evil.so").write_bytes(b"x")
     opened = open_pipeline(folder)
     assert opened.index["safety_checker"] == [None, None]
     assert any("safety_checker" in note for note in opened.notes)
-    assert not any(path.suffix == ".py" or path.parts[0] == "safety_checker" for path in opened.copied)
+    assert any("scheduler/evil.so" in note for note in opened.notes)
+    assert not any(
+        path.suffix in (".py", ".so") or path.parts[0] == "safety_checker" for path in opened.copied
+    )
 
 
 @pytest.mark.parametrize(

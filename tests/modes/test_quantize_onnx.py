@@ -383,6 +383,31 @@ def test_a_weight_with_nan(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["base.onnx"]
 
 
+@pytest.mark.parametrize(("to", "size"), [("int8", 1e-24), ("int4", 1e-30)])
+def test_the_loss_of_tiny_weights_is_measured(to, size, tmp_path):
+    values, losses = random(64, 64).astype(np.float32), []
+    for factor in (1, size):
+        base = saved(
+            tmp_path,
+            "g (float[b, 64] x) => (float[b, 64] y) { y = MatMul(x, a_weight) }",
+            {"a.weight": values * np.float32(factor)},
+        )
+        report = quantize_onnx(base, tmp_path / f"{factor}.onnx", to=to)
+        losses.append(report.quantised.record.relative)
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_a_weight_that_codes_do_not_stand_for(tmp_path):
+    values = (random(64, 64) * 1e-7).astype(np.float16)
+    base = saved(
+        tmp_path,
+        "g (float16[b, 64] x) => (float16[b, 64] y) { y = MatMul(x, a_weight) }",
+        {"a.weight": values},
+    )
+    with pytest.raises(CheckpointError, match=r"a\.weight can't be quantised: its codes lose \d+% of it"):
+        quantize_onnx(base, tmp_path / "q.onnx", to="int8")
+
+
 def test_files_that_must_not_be_replaced(tmp_path):
     base = tiny.base_onnx("llama", "dynamo")
     (tmp_path / "q.onnx").write_text("old")

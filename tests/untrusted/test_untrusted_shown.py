@@ -27,7 +27,7 @@ from lora_export.reports.parity.to_html import report_html
 from lora_export.reports.parity.to_junit import junit_xml
 from lora_export.reports.parity.to_text import check_lines as parity_lines
 from lora_export.reports.parity.to_text import report_text
-from lora_export.untrusted.shown import MAX_LINE, MAX_LISTED, safe, shown
+from lora_export.untrusted.shown import MAX_LINE, MAX_LISTED, command, safe, shown
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
@@ -104,6 +104,12 @@ def graph(path: Path, name: str) -> Path:
     )
     onnx.save(model, path)
     return path
+
+
+@pytest.mark.parametrize("word", ["a\nb", "a\x1b[31m", "a" * 3000])
+def test_a_command_is_whole_or_not_there(word: str) -> None:
+    assert command(["lora-export", "inspect", word]) == ""
+    assert command(["lora-export", "inspect", "a b"]) == "lora-export inspect 'a b'"
 
 
 @pytest.mark.parametrize("name", NAMES)

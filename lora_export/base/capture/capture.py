@@ -207,6 +207,8 @@ def _write_outlined(
     kept = None if is_twin else find(key, checkpoint.tensors)
     if kept is None:
         loading = look_at(path)
+        # First, because it refuses a folder that lacks weights.
+        kept = _in_outline(checkpoint, loading, way)
         proof = _twin_proof(path, output, loading, way, proven=proven, in_place=share_from is None)
         # Copied layers are believed only where they were compared.
         if proof is not None and proof.of == "nothing" and proven:
@@ -214,7 +216,6 @@ def _write_outlined(
                 f"{path} is traced with its weights, because {proof.reason}",
                 "; or --no-twin, to write a graph that was not compared with PyTorch",
             )
-        kept = _in_outline(checkpoint, loading, way)
         if proof is not None:
             kept.graph.metadata_props.update(proof.to_metadata())
         if not is_twin:
@@ -242,8 +243,9 @@ def _write_outlined(
 def _write_loaded(path: Path, output: Path, way: Way, *, proven: bool, is_twin: bool = False) -> None:
     """Write a folder's graph, traced with its weights in memory."""
     is_diffusers = is_folder(path) and bool(diffusers_class(path))
-    proof = _twin_proof(path, output, None if is_diffusers else look_at(path), way, proven=proven)
+    # First, because it refuses a folder that lacks weights.
     graph, captured = _loaded(path, way)
+    proof = _twin_proof(path, output, None if is_diffusers else look_at(path), way, proven=proven)
     graph.metadata_props.update(captured.to_metadata() | (proof.to_metadata() if proof else {}))
     graph = _save(_with_history(graph, path), output)
     proof = proof or _prove_saved(graph, output, path, way)

@@ -29,7 +29,7 @@ from lora_export.base.checkpoint.names import StoredPart
 from lora_export.base.kinds.model_kind import PROCESSOR
 from lora_export.errors import OutputError
 from lora_export.graph.read_model import read_model
-from lora_export.storage.cache_folder import cache_folder, chosen_folder
+from lora_export.storage.cache_folder import cache_folder, chosen_folder, is_private
 from lora_export.storage.outputs import OutputSet
 from lora_export.storage.sums import seal
 from lora_export.untrusted.documents import MAX_BYTES, open_regular, parse_json
@@ -165,7 +165,7 @@ def keep(key: str, kept: Kept) -> None:
     for entry in (_PARTS, _KEY):
         graph.metadata_props.pop(entry)
     with contextlib.suppress(OSError, OutputError), OutputSet(force=True, listed=False) as outputs:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         seal.write_onnx(outputs.stage(path), content)
         outputs.commit()
         _make_room(folder)
@@ -190,12 +190,14 @@ def _without_values(graph: ir.Model, names: Mapping[str, object]) -> Iterator[No
 
 
 def _folder() -> Path | None:
-    """Return the folder; None for a user without a home."""
+    """Return the folder; None for a user without a home, and if others can write to it."""
     chosen = chosen_folder()
     try:
-        return chosen / "captures" if chosen else cache_folder("captures")
+        folder = chosen / "captures" if chosen else cache_folder("captures")
     except RuntimeError:
         return None
+    # What an entry says of a model's weights can't be checked without tracing the model again.
+    return folder if is_private(folder) else None
 
 
 def _make_room(folder: Path) -> None:

@@ -21,6 +21,8 @@ from lora_export.modes.quantising.find import Product
 
 # Values that are quantised together: 16 MB in float32.
 _CHUNK = 1 << 22
+# Share of a weight that codes lose only where they don't stand for it.
+_MOST_LOST = 0.5
 # Codes up to this size are made at once: a larger weight's scales and zero points are all so large that they
 # lie in the data file, which is written while the float weights are still at their places.
 EAGER_BYTES = 1 << 18
@@ -42,6 +44,12 @@ class Cost:
     def relative(self) -> float:
         """‖dequantised − W‖ / ‖W‖; 0 for a weight of zeros."""
         return math.sqrt(self.error_squared / self.squared) if self.squared else 0.0
+
+
+def _squared(values: Array) -> float:
+    """Return the sum of squares, which of values below 1e-23 are none in float32."""
+    wide = values.ravel().astype(np.float64)
+    return float(np.dot(wide, wide))
 
 
 class CodedWeight:
@@ -124,8 +132,8 @@ class CodedWeight:
             made.append(codes)
             wanted = chunk.T.astype(np.float32)
             lost = (codes.values(bits, product.columns) - wanted).ravel()
-            error += float(np.dot(lost, lost))
-            squared += float(np.dot(wanted.ravel(), wanted.ravel()))
+            error += _squared(lost)
+            squared += _squared(wanted)
             release(product.root)
         if not math.isfinite(error + squared):
             raise CheckpointError(
@@ -133,6 +141,12 @@ class CodedWeight:
                 "use an undamaged copy of the base; or leave the weight in float with --keep",
             )
         self.cost = Cost(error, squared)
+        if self.cost.relative > _MOST_LOST:
+            raise CheckpointError(
+                f"{product.root.name} can't be quantised: its codes lose {self.cost.relative:.0%} of it "
+                f"(are its values too small for scales in {product.dtype.name.lower()}?)",
+                "leave it in float with --keep, or give a graph in float32",
+            )
         self._parts = {
             "codes": np.concatenate([codes.packed for codes in made]),
             "scales": np.concatenate([codes.scales for codes in made]),
