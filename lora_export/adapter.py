@@ -175,18 +175,21 @@ class LoraModule:
         Returns:
             ``left`` of shape ``(rows, rank)`` and ``right`` of shape ``(rank, cols)``.
         """
+        left, right = self.stored_factors(expert)
+        left = left.astype(dtype) * dtype(self.scaling)
+        return np.ascontiguousarray(left), np.ascontiguousarray(right.astype(dtype))
+
+    def stored_factors(self, expert: int = 0) -> tuple[Array, Array]:
+        """Return `factors` as they are stored, without scaling: no copies where the layout allows it."""
         a, b = self.lora_a, self.lora_b
         if self.kind == "parameter" and self.experts > 1:
             # PEFT's ParamWrapper.get_delta_weight: A is (experts, rank, in), B is (out, rank, experts).
             # Cut out before widening, or every expert's call would widen all of them.
             a = a.reshape(self.experts, self.rank, -1)[expert]
             b = b.reshape(b.shape[0], self.rank, self.experts)[:, :, expert]
-        a, b = a.astype(dtype), b.astype(dtype)
         if self.kind == "embedding" or self.turned:
-            left, right = a.T, b.T
-        else:
-            left, right = b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)
-        return np.ascontiguousarray(left * dtype(self.scaling)), np.ascontiguousarray(right)
+            return a.T, b.T
+        return b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)
 
 
 @dataclass(frozen=True, eq=False)

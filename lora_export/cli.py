@@ -268,10 +268,13 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
             raise
         where = f" {error.filename}" if error.filename else ""
         message = f"the system refused to read or write{where}: {error.strerror or error}"
-        print_lines([f"Error: {message}"], err=True)
-        _say_written(run)
-        _answer(answer, error, LoraExportError.exit_code, message)
-        return LoraExportError.exit_code
+        return _refused_by_system(run, answer, error, message)
+    except MemoryError as error:
+        if debug:
+            raise
+        message = f"there is not enough memory{f': {error}' if str(error) else ''}"
+        hint = "end other programs, or give smaller sizes; a small file that asks for so much is damaged"
+        return _refused_by_system(run, answer, error, message, hint=hint)
     except Exception as error:
         if debug:
             raise
@@ -281,6 +284,15 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
         _say_written(run)
         _answer(answer, error, InternalError.exit_code, message, hint=hint)
         return InternalError.exit_code
+
+
+def _refused_by_system(
+    run: Run, answer: JsonAnswer, error: Exception, message: str, *, hint: str = ""
+) -> int:
+    print_lines([f"Error: {message}", *([f"hint: {hint}"] if hint else [])], err=True)
+    _say_written(run)
+    _answer(answer, error, LoraExportError.exit_code, message, hint=hint)
+    return LoraExportError.exit_code
 
 
 def _say_written(run: Run) -> None:

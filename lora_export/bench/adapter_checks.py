@@ -14,7 +14,7 @@ from lora_export.errors import AdapterError, LoraExportError
 from lora_export.formats import load_adapter
 from lora_export.graph.exposed import LoraRecord
 from lora_export.untrusted.places import exists
-from lora_export.untrusted.shown import limited
+from lora_export.untrusted.shown import command, limited
 
 # Largest number of problems of one adapter that are listed.
 _LISTED = 10
@@ -127,10 +127,11 @@ def _converted(adapter: AdapterChoice, error: LoraExportError, models: Sequence[
     takers = [model.path for model in models if model.kind == "graph" and model.takes_files]
     if not takers or not any(f"--{word}" in str(error) for word in OPTIONS):
         return ""
-    to = f"{adapter.name}.onnx_adapter"
+    to = Path(f"{adapter.name}.onnx_adapter")
+    words = command(["lora-export", "convert-adapter", adapter.path, "--for", takers[0], "-o", to])
     return (
         "; bench has no such options: convert the adapter with them, and give the converted file: "
-        f"lora-export convert-adapter {adapter.path} --for {takers[0]} -o {to}"
+        f"{words or 'convert-adapter'}"
     )
 
 

@@ -70,6 +70,24 @@ class Caster:
         """Return a vector in ``dtype``."""
         return self._cast(values, scaling, dtype, label)
 
+    def refuse_overflow(self, lora: LoraModule, a: Array) -> None:
+        """Remember an A with which a usual activation's product x·A may be infinite.
+
+        A bank multiplies each row of the batch by every slot's A, and what the row does not use by 0:
+        infinity times 0 is NaN, in rows of other adapters and of none.
+
+        Args:
+            lora: The pair.
+            a: Its A in the graph's dtype, as the bank holds it.
+        """
+        most = float(ml_dtypes.finfo(a.dtype).max) ** 0.5
+        if a.size and (large := _largest(a)) > most:
+            self.problems.append(
+                f"{lora.path} lora_A: values up to {large:.3g}, in a bank of {a.dtype.name} at most "
+                f"{most:.3g}: larger ones may overflow in rows of other adapters (divide lora_A by a number "
+                "and multiply lora_B by it, or use swap-onnx)"
+            )
+
     def _cast(self, values: Array, scaling: float, dtype: np.dtype[Any], label: str) -> Array:
         made = values
         if scaling != 1.0 or values.dtype != dtype:

@@ -97,7 +97,7 @@ def blocks_of_slot(
     Args:
         exposed: The bank's LoRA record.
         slot: Number of the slot.
-        loras: `Member.path` → factors; zeros for members without any, and beyond their rank.
+        loras: `Member.path` → factors; zeros for members without any, and below those of a lower rank.
         caster: Converter, which remembers conversions and problems.
     """
     blocks: list[Rectangle] = []
@@ -112,13 +112,16 @@ def blocks_of_slot(
             offset += sum(member.ranks)
             if not room:
                 continue
-            alone, first = replace(module, out_dim=member.out_dim), replace(member, start=0)
-            own = []
-            if lora := loras.get(member.path):
-                own = blocks_of_factors(
-                    alone, first, factors=caster.factors(lora, dtype_of(module.dtype)), offset=0, total=room
-                )
-            blocks += blocks_of_factors(
-                module, member, factors=assemble(alone, room, own), offset=start, total=total
-            )
+            lora = loras.get(member.path)
+            if lora is None or lora.rank < room:
+                # One number, however much room the record claims.
+                alone, zero = replace(module, out_dim=member.out_dim), np.zeros((), dtype_of(module.dtype))
+                a, b = (np.broadcast_to(zero, shape) for shape in (alone.a_shape(room), alone.b_shape(room)))
+                blocks += blocks_of_factors(module, member, factors=(a, b), offset=start, total=total)
+            if lora is not None:
+                a, b = caster.factors(lora, dtype_of(module.dtype))
+                # An embedding's A is looked up, not multiplied.
+                if module.kind != "embedding":
+                    caster.refuse_overflow(lora, a)
+                blocks += blocks_of_factors(module, member, factors=(a, b), offset=start, total=total)
     return tuple(blocks)

@@ -14,6 +14,18 @@ from lora_export.commands.whole_numbers import Whole
 from lora_export.storage.inputs import same_inputs
 
 
+def _slots(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse slots without a name or path, or of one name; a callback for click."""
+    named = [split_named(entry) for entry in value]
+    if wrong := [entry for entry, pair in zip(value, named, strict=True) if not all(pair)]:
+        raise click.BadParameter(f"{wrong[0]!r} is not NAME=PATH", param_hint="--adapter")
+    names = [name for name, _ in named]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise click.BadParameter(f"two slots are called {', '.join(sorted(twice))}", param_hint="--adapter")
+    return value
+
+
 @click.command(
     "bank-onnx", cls=Verb, short_help="Keep several adapters in one ONNX graph, chosen by each row."
 )
@@ -22,6 +34,7 @@ from lora_export.storage.inputs import same_inputs
     "adapters",
     required=True,
     multiple=True,
+    callback=_slots,
     metavar="NAME=PATH",
     help="A slot's name and its adapter; repeat for each slot.",
 )
@@ -54,16 +67,7 @@ def bank_onnx(base: Path, output: Path, adapters: tuple[str, ...], **options: An
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.modes import bank_onnx as mode
 
-    named: list[tuple[str, str]] = []
-    for entry in adapters:
-        name, path = split_named(entry)
-        if not name or not path:
-            raise click.BadParameter(f"{entry!r} is not NAME=PATH", param_hint="--adapter")
-        named.append((name, path))
-    names = [name for name, _ in named]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise click.BadParameter(f"two slots are called {', '.join(sorted(twice))}", param_hint="--adapter")
-    loaded = load_all([Path(path) for _, path in named], options)
-    slots = dict(zip(names, loaded, strict=True))
+    named = {name: Path(path) for name, path in map(split_named, adapters) if path}
+    loaded = load_all(list(named.values()), options)
+    slots = dict(zip(named, loaded, strict=True))
     run_expose(mode.bank_onnx, base, output=output, arguments=(slots,), options=options, companions=False)

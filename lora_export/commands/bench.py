@@ -142,7 +142,6 @@ def _request(model: Path, options: dict[str, Any]) -> BenchRequest:
     from lora_export.bench.contenders import AdapterChoice
     from lora_export.bench.opened import Opening
     from lora_export.bench.plan import BenchRequest
-    from lora_export.graph.told_sizes import parse_sizes
 
     named = map(split_named, options["adapters"])
     return BenchRequest(
@@ -155,7 +154,7 @@ def _request(model: Path, options: dict[str, Any]) -> BenchRequest:
         seconds=options["seconds"],
         narrow=options["narrow"],
         seed=options["seed"],
-        shapes=parse_sizes(options["shapes"]),
+        shapes=options["shapes"],
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,32 @@ from lora_export.machines.targets import COMPILERS
 if TYPE_CHECKING:
     from lora_export.engines.build import BuildReport
     from lora_export.engines.plan import BuildRequest
+    from lora_export.engines.profiles import ProfileRequest
     from lora_export.packages.build_kit import KitReport
 
 _PATH = click.Path(path_type=Path)
 _MIB = 1 << 20
+
+
+def _known(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    from lora_export.engines.plan import find_targets
+
+    find_targets(value)
+    return value
+
+
+def _shapes(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> Mapping[str, str]:
+    from lora_export.engines.profiles import parse_shapes
+
+    return parse_shapes(value)
+
+
+def _profiles(
+    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> list[ProfileRequest]:
+    from lora_export.engines.profiles import ProfileRequest
+
+    return [ProfileRequest.parse(text) for text in value]
 
 
 @click.command(
@@ -32,6 +55,7 @@ _MIB = 1 << 20
     "targets",
     required=True,
     multiple=True,
+    callback=_known,
     help="A GPU (rtx-4090), a compute capability (sm89), or all; repeat for several. See the verb targets.",
 )
 @click.option("-o", "--output", required=True, type=_PATH, help="The folder to write into.")
@@ -40,6 +64,7 @@ _MIB = 1 << 20
     "--shape",
     "shapes",
     multiple=True,
+    callback=_shapes,
     metavar="KEY=MIN:OPT:MAX",
     help="Sizes of a dimension (batch=1:1:8) or shapes of an input (input_ids=1x1:1x128:8x2048).",
 )
@@ -47,6 +72,7 @@ _MIB = 1 << 20
     "--profile",
     "profiles",
     multiple=True,
+    callback=_profiles,
     metavar="'NAME KEY=MIN:OPT:MAX …'",
     help="One of several profiles; prefill and decode have sizes of their own. Each makes the engine larger.",
 )
@@ -151,12 +177,9 @@ def _request(given: dict[str, Any]) -> BuildRequest:
     from dataclasses import fields
 
     from lora_export.engines.plan import BuildRequest
-    from lora_export.engines.profiles import ProfileRequest, parse_shapes
     from lora_export.engines.record import BuildOptions
 
     workspace = given.pop("workspace")
     known = [field.name for field in fields(BuildOptions) if field.name in given]
     options = BuildOptions(**_take(given, *known), workspace_bytes=workspace and workspace * _MIB)
-    shapes = parse_shapes(given.pop("shapes"))
-    profiles = [ProfileRequest.parse(text) for text in given.pop("profiles")]
-    return BuildRequest(options=options, shapes=shapes, profiles=profiles, **given)
+    return BuildRequest(options=options, **given)

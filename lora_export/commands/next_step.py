@@ -32,13 +32,8 @@ def print_next(context: click.Context) -> None:
     make = _NEXT.get(context.info_name or "")
     if make is None or in_recipe or any(given.get(name) for name in ("dry_run", "as_json", "quiet")):
         return
-    if (words := make(given)) and (text := command(["lora-export", *map(_word, words)])):
+    if (words := make(given)) and (text := command(["lora-export", *words])):
         print_lines([f"next: {text}"], err=True)
-
-
-def _word(word: str | Path) -> str:
-    # Typed as it is, a path would be read as an option.
-    return f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
 
 
 def _reading(given: Mapping[str, Any], format_flag: str = "--format") -> Words:

@@ -137,10 +137,19 @@ def shape_option(command: Command) -> Command:
         "--shape",
         "shapes",
         multiple=True,
+        callback=_told,
         metavar="NAME=SIZE",
         help="Size of a dimension that nothing tells (height=64), or of all axes of an input (timestep=1, "
         "sample=1x4x64x64); repeat.",
     )(command)
+
+
+def _told(
+    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> Mapping[str, tuple[int, ...]]:
+    from lora_export.graph.told_sizes import parse_sizes
+
+    return parse_sizes(value)
 
 
 def adapter_options(command: Command) -> Command:

@@ -20,7 +20,7 @@ from typing import Any
 import click
 import yaml
 
-from lora_export.errors import BackendUnavailable, RecipeError
+from lora_export.errors import BackendUnavailable, LoraExportError, RecipeError
 from lora_export.untrusted.documents import compose_yaml
 
 KEYS = ("name", "description", "needs", "steps")
@@ -166,7 +166,7 @@ class _Reader:
         command = self._command_of(verb) if verb in self._verbs else None
         if command is None:
             return None
-        where, known = f"step {number} ({verb})", _options_of(command)
+        where, known, before = f"step {number} ({verb})", _options_of(command), len(self.problems)
         empty = isinstance(options, yaml.ScalarNode) and _value(options) is None
         if not empty and not isinstance(options, yaml.MappingNode):
             self._complain(options, f"{where}: options are 'option: value' pairs")
@@ -188,8 +188,22 @@ class _Reader:
                 names += [name] * bool(words)
         if any(word.startswith("-") for word in arguments):
             # A file may have the name "--help": an argument is never read as an option.
-            return RecipeStep(verb, (*options_typed, "--", *arguments), command, tuple(names))
-        return RecipeStep(verb, (*arguments, *options_typed), command, tuple(names))
+            step = RecipeStep(verb, (*options_typed, "--", *arguments), command, tuple(names))
+        else:
+            step = RecipeStep(verb, (*arguments, *options_typed), command, tuple(names))
+        if len(self.problems) == before:
+            self._parse(where, node, step)
+        return step
+
+    def _parse(self, where: str, node: yaml.Node, step: RecipeStep) -> None:
+        """Record a problem if the verb refuses the words themselves, before it runs."""
+        try:
+            with step.command.make_context(step.verb, list(step.arguments)):
+                pass
+        except click.UsageError as error:
+            self._complain(node, f"{where}: {error.format_message()}")
+        except LoraExportError as error:
+            self._complain(node, f"{where}: {'; '.join([error.message, *error.problems])}")
 
     def _refuse_same(
         self, where: str, known: Mapping[str, click.Parameter], *, node: yaml.Node, given: Iterable[str]
@@ -215,6 +229,8 @@ class _Reader:
         values = value if isinstance(value, list) else [value]
         if isinstance(value, list) and not many:
             self._complain(node, f"{where} takes one value, got a list")
+        if not values:
+            self._complain(node, f"{where} takes at least one value, got an empty list")
         words: list[str] = []
         for single in values:
             if not isinstance(single, str):

@@ -14,6 +14,7 @@ from lora_export.errors import BackendUnavailable, PackageError, ParityError, in
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import FieldError, from_plain
 from lora_export.untrusted.places import is_file
+from lora_export.untrusted.shown import command
 
 # Lies beside the base's model.onnx; swap-onnx copies it with the tokenizer's files.
 EXPECTED = "greedy.json"
@@ -148,9 +149,10 @@ def serve(folder: Path) -> Served:
     names = [row.adapter for row in expected.generated if row.adapter is not None]
     missing = [name for name in names if not is_file(folder / f"{name}{ADAPTER_SUFFIX}")]
     if missing:
+        words = ["convert-adapter", "ADAPTER", "--for", folder / "model.onnx"]
         raise PackageError(
             f"{folder} lacks adapters that {EXPECTED} names",
-            f"lora-export convert-adapter ADAPTER --for {folder}/model.onnx -o {folder}/NAME{ADAPTER_SUFFIX}",
+            command(["lora-export", *words, "-o", folder / f"NAME{ADAPTER_SUFFIX}"]),
             [f"{name}{ADAPTER_SUFFIX}" for name in missing],
         )
     og = _genai()

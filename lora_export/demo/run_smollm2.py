@@ -17,6 +17,7 @@ from lora_export.demo.training import silence, training_session
 from lora_export.progress import Say
 from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.outputs import OutputSet, output_errors
+from lora_export.untrusted.shown import command
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int4")
 _NEEDED_BYTES = 1_300_000_000
@@ -128,10 +129,11 @@ def chat_lines(report: ChatReport) -> list[str]:
         lines.append(f"  PyTorch + PEFT, {precision} weights:")
         lines += [f"    {name:<8} {texts[0]}" for name, texts in answers.items()]
     out = report.output
+    words = ["lora-export", "swap-onnx", "--base", out / "base-fp32" / "model.onnx"]
+    words += ["--adapter", out / "adapters" / "json"]
     return [
         *lines,
         "",
         f"Everything is in {out}/ ({report.seconds:.0f} s). Next:",
-        f"  lora-export swap-onnx --base {out}/base-fp32/model.onnx --adapter {out}/adapters/json \\",
-        f"    -o {out}/genai-fp32/model.onnx",
+        f"  {command([*words, '-o', out / 'genai-fp32' / 'model.onnx'])}",
     ]

@@ -219,7 +219,7 @@ def _beyond(inputs: Sequence[Port], profiles: Sequence[Profile], largest: Mappin
 
 
 def _groups(request: BuildRequest) -> list[Group]:
-    targets = _targets(request.targets)
+    targets = find_targets(request.targets)
     compilers = [compiler_of(request.backend or target.compilers[0]) for target in targets]
     if not request.together:
         return [Group((target,), compiler) for target, compiler in zip(targets, compilers, strict=True)]
@@ -232,8 +232,15 @@ def _groups(request: BuildRequest) -> list[Group]:
     return [Group(tuple(targets), compilers[0])]
 
 
-def _targets(names: Sequence[str]) -> list[Gpu]:
-    """Return the targets by name, each once."""
+def find_targets(names: Sequence[str]) -> list[Gpu]:
+    """Return the targets by name, each once.
+
+    Args:
+        names: Names; one may be several with commas between them, or ``all``.
+
+    Raises:
+        BackendError: There are none, or some are unknown; all are listed.
+    """
     singles = [single.strip() for given in names for single in given.split(",") if single.strip()]
     if not singles:
         raise BackendError(

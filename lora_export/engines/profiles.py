@@ -97,7 +97,7 @@ def parse_shapes(words: Sequence[str]) -> dict[str, str]:
     """Read ``KEY=MIN:OPT:MAX`` words.
 
     Raises:
-        BackendError: A word has no ``=``, or a key is given twice.
+        BackendError: A word has no ``=``, its sizes are not three rising ones, or a key is given twice.
     """
     problems, found = [], {}
     for word in words:
@@ -107,6 +107,8 @@ def parse_shapes(words: Sequence[str]) -> dict[str, str]:
             problems.append(f"{word!r}: not KEY=MIN:OPT:MAX")
         elif key in found:
             problems.append(f"{key}: given twice")
+        else:
+            problems += [f"{key}={value}: {problem}" for problem in _ranges(value)[1]]
         found[key] = value
     if problems:
         raise BackendError("these shapes can't be read", _HINT, problems)
@@ -321,22 +323,11 @@ class _Maker:
 
     def _parse(self, key: str, text: str, dims: int) -> tuple[Range, ...] | None:
         """Read ``MIN:OPT:MAX`` of sizes or of shapes such as ``1x128``."""
-        parts = text.split(":")
-        if len(parts) == 1:
-            parts = parts * 3
-        sizes = [part.split("x") for part in parts]
-        if len(parts) != 3 or not all(_SIZE.match(size) for part in sizes for size in part):
-            self.problems.append(f"{key}={text}: wanted MIN:OPT:MAX, or one size for all three")
-            return None
-        if any(len(part) != dims for part in sizes):
-            self.problems.append(f"{key}={text}: it has {dims} dimension{'s' if dims > 1 else ''}")
-            return None
-        # Python does not read numbers of any length.
-        sizes = [[size.lstrip("0")[: _MAX_DIGITS + 1] or "0" for size in part] for part in sizes]
-        ranges = tuple(Range(*(int(part[axis]) for part in sizes)) for axis in range(dims))
-        wrong = [*_out_of_order(ranges), *_too_large(ranges)]
-        self.problems += [f"{key}={text}: {problem}" for problem in wrong]
-        return None if wrong else ranges
+        found, problems = _ranges(text)
+        if found and len(found) != dims:
+            problems = [f"it has {dims} dimension{'s' if dims > 1 else ''}"]
+        self.problems += [f"{key}={text}: {problem}" for problem in problems]
+        return None if problems else found
 
     def _unknown(self, key: str, known: list[str]) -> None:
         near = difflib.get_close_matches(key, known, 1)
@@ -346,6 +337,22 @@ class _Maker:
         there = f" (there are: {', '.join(listed[:_LISTED])}{more})"
         guess = f"; did you mean {near[0]!r}?" if near else there
         self.problems.append(f"{key}: the graph has no such input or dimension{guess}")
+
+
+def _ranges(text: str) -> tuple[tuple[Range, ...], list[str]]:
+    """Return the sizes of each dimension, and what is wrong with them."""
+    parts = text.split(":")
+    if len(parts) == 1:
+        parts = parts * 3
+    sizes = [part.split("x") for part in parts]
+    if len(parts) != 3 or not all(_SIZE.match(size) for part in sizes for size in part):
+        return (), ["wanted MIN:OPT:MAX, or one size for all three"]
+    if len({len(part) for part in sizes}) > 1:
+        return (), ["its parts have different numbers of dimensions"]
+    # Python does not read numbers of any length.
+    sizes = [[size.lstrip("0")[: _MAX_DIGITS + 1] or "0" for size in part] for part in sizes]
+    ranges = tuple(Range(*(int(size) for size in axis)) for axis in zip(*sizes, strict=True))
+    return ranges, [*_out_of_order(ranges), *_too_large(ranges)]
 
 
 def _out_of_order(ranges: Sequence[Range]) -> Iterator[str]:

@@ -22,6 +22,7 @@ A module whose bias adapters change has ``<name>.lora_B.bias`` ``(out_dim,)`` as
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -39,6 +40,8 @@ ExposedKind = Literal["linear", "conv", "embedding"]
 Mode = Literal["swap", "bank"]
 Flavour = Literal["ort", "tensorrt"]
 Resident = Literal["initializers", "inputs"]
+# Ranks up to here may be larger than a module.
+ANY_RANK = 1024
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _AGAIN = "make the graph again with swap-onnx or bank-onnx"
 
@@ -155,6 +158,11 @@ class ExposedModule:
     def lora_bias(self) -> str:
         """Name of the branch's bias."""
         return f"{self.name}.lora_B.bias"
+
+    @property
+    def largest_rank(self) -> int:
+        """Largest rank of a member that room is made for: with more, A is larger than any change needs."""
+        return max(self.in_dim * math.prod(self.kernel), self.out_dim, ANY_RANK)
 
     @property
     def rank_symbol(self) -> str:
@@ -289,6 +297,8 @@ def _contradictions(record: LoraRecord) -> Iterator[str]:
             yield f"{where}.dtype: {seen(module.dtype)}, wanted one of {', '.join(_DTYPES)}"
         if not module.members:
             yield f"{where}.members: none, wanted at least one"
+        if module.rank > (most := module.largest_rank * len(module.members)):
+            yield f"{where}.rank: {module.rank}, more than the module's sizes: at most {most}"
         # The sizes of a group's tensors can't be compared with the graph where its rank is open.
         if module.groups > 1 and (module.kind != "conv" or module.out_dim % module.groups):
             yield f"{where}.groups: {module.groups}, for {module.kind} of {module.out_dim} outputs"
@@ -299,6 +309,9 @@ def _contradictions(record: LoraRecord) -> Iterator[str]:
             if member.start + member.out_dim > module.out_dim:
                 outputs = f"start {member.start} and out_dim {member.out_dim}"
                 yield f"{where}.members[{j}]: {outputs}, but the module has {module.out_dim} outputs"
+            if large := [rank for rank in member.ranks if rank > module.largest_rank]:
+                ranks = f"{large[0]}, more than the module's sizes: at most {module.largest_rank}"
+                yield f"{where}.members[{j}].ranks: {ranks}"
             if len(member.ranks) != len(record.slots):
                 ranks = f"{len(member.ranks)} numbers"
                 yield f"{where}.members[{j}].ranks: {ranks}, but the record has {len(record.slots)} slots"

@@ -132,9 +132,11 @@ def verify(
         progress: Function called with the number of bytes just read.
 
     Raises:
-        LoraExportError: A path does not exist, or has no hash to check.
+        LoraExportError: No path is given, or one does not exist or has no hash to check.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not given:  # a pattern that matched nothing is no set without a fault
+        raise LoraExportError("no path was given to check", "give files or folders that lora-export wrote")
     check = _Check(progress=progress or (lambda _bytes: None))
     bare = []
     for path in map(Path, given):
@@ -179,7 +181,14 @@ def _count_name(names: Counter[str], path: Path, real: str) -> None:
 
 
 def _may_name(beside: Path, path: Path) -> bool:
-    """Return whether a file describes another one, or may have before it was damaged."""
+    """Return whether a file describes another one, or may have before it was damaged, or can't be read."""
+    try:
+        return _names(beside, path)
+    except OSError:
+        return True
+
+
+def _names(beside: Path, path: Path) -> bool:
     description = description_of(beside, path)
     if description is None:
         return False
@@ -235,6 +244,13 @@ class _Check:
         self._seen.add(known)
         _count_name(self._names, path, known[0])
         state = self._state(path)
+        try:
+            self._check(path, given, state)
+        except OSError as error:
+            self.compared += 1
+            state.add("missing", path.name, f"it can't be read: {error.strerror or error}")
+
+    def _check(self, path: Path, given: Path, state: CheckedFile) -> None:
         state.matters |= matters(path, given if is_folder(given) else path.parent)
         # What may describe files is refused by its own reader.
         may_describe = path.suffix == ".json" or path.name == SUMS

@@ -24,7 +24,7 @@ from lora_export.base.write_options import WriteOptions
 from lora_export.binding.cast import Caster
 from lora_export.binding.pack import Rectangle, assemble, blocks_of_slot, cut_b
 from lora_export.errors import AdapterError
-from lora_export.graph.exposed import UNHASHED, Flavour, LoraRecord, Resident, Slot
+from lora_export.graph.exposed import ANY_RANK, UNHASHED, Flavour, LoraRecord, Resident, Slot
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.graph.shapes import shapes_of
 from lora_export.modes.branches.bundles import Bundle, bundles_of, with_ranks
@@ -169,7 +169,8 @@ def _refuse_before_capture(
     refuse_unsuited(adapters, base, allow_unmatched=allow_unmatched, bank=True)
     if not allow_unmatched:
         modules = [module for adapter in adapters for module in adapter.modules.values()]
-        _refuse_ranks([(module.path, module.rank, module.groups) for module in modules], slot_rank)
+        sizes = [(module.path, module.rank, module.groups, max(module.matrix_shape)) for module in modules]
+        _refuse_ranks(sizes, slot_rank)
 
 
 def _fill(
@@ -233,27 +234,33 @@ def _ranks(union: Union, slots: int, room: int | None) -> dict[str, tuple[int, .
     found, largest = {}, []
     for branch in union.branches:
         own = [mine[branch.path].rank if branch.path in mine else 0 for mine in union.loras]
-        largest.append((branch.path, max(own), branch.groups))
+        side = max(branch.in_dim * math.prod(branch.kernel), branch.out_dim)
+        largest.append((branch.path, max(own), branch.groups, side))
         found[branch.path] = tuple(own) if room is None else (room,) * slots
     _refuse_ranks(largest, room)
     return found
 
 
-def _refuse_ranks(modules: Sequence[tuple[str, int, int]], room: int | None) -> None:
-    """Raise `AdapterError` if slots of a rank are too small for modules, given as path, rank, groups."""
+def _refuse_ranks(modules: Sequence[tuple[str, int, int, int]], room: int | None) -> None:
+    """Raise `AdapterError` if slots of a rank don't fit modules: path, rank, groups, largest side each."""
     if room is None:
         return
+    if modules and room > (most := max(ANY_RANK, *(side for *_, side in modules))):
+        raise AdapterError(
+            f"the slots are to have rank {room}, but no module needs more than {most}",
+            f"give --slot-rank {max(rank for _, rank, *_ in modules)} or more, up to {most}",
+        )
     problems = [
-        f"{path} has rank {rank}, the slots are to have {room}" for path, rank, _ in modules if rank > room
+        f"{path} has rank {rank}, the slots are to have {room}" for path, rank, *_ in modules if rank > room
     ]
     problems += [
         f"{path} has {groups} groups, which ranks of {room} can't be shared to"
-        for path, _, groups in modules
+        for path, _, groups, _ in modules
         if room % groups
     ]
     if problems:
-        largest = max(rank for _, rank, _ in modules)
-        groups = math.lcm(*(groups for _, _, groups in modules))
+        largest = max(rank for _, rank, *_ in modules)
+        groups = math.lcm(*(groups for _, _, groups, _ in modules))
         shared = f", a multiple of {groups}" if groups > 1 else ""
         hint = f"give --slot-rank {largest} or more{shared}"
         raise AdapterError("the slots don't fit their adapters", hint, list(dict.fromkeys(problems)))

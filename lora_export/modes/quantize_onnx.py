@@ -22,6 +22,7 @@ from lora_export.storage.hashes import hash_file
 from lora_export.storage.inputs import same_inputs
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_inputs, refuse_replacing
 from lora_export.untrusted.places import is_folder
+from lora_export.untrusted.shown import command
 
 PathLike = str | os.PathLike[str]
 
@@ -108,9 +109,11 @@ def _quantise(
     beside: Mapping[str, bytes],
 ) -> QuantiseReport:
     if is_folder(base):
+        capture = ["lora-export", "capture-onnx", base, "--quantize", choice.to, "-o", out]
         raise GraphError(
             f"{base} is a folder, not an ONNX file",
-            f"capture it first: lora-export capture-onnx {base} --quantize {choice.to} -o {out}",
+            "capture it first"
+            + (f": {words}" if (words := command(capture)) else " with capture-onnx --quantize"),
         )
     paths = output_paths(out)
     refuse_inputs(paths.values(), [base])

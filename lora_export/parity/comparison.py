@@ -127,7 +127,8 @@ class Comparison:
                 for name, other in self.pairs.items()
                 if name != other
             ]
-            self.missing = [name for name in expected if name not in self.pairs.values()]
+            paired = set(self.pairs.values())
+            self.missing = [name for name in expected if name not in paired]
             if texts := [name for name, values in actual.items() if not _is_number(values)]:
                 raise BackendError(
                     f"outputs of {where.name} are not numbers: {', '.join(texts)}",

@@ -150,7 +150,7 @@ def _graph(file: ModelFile, graph: GraphFile, data: Mapping[str, int]) -> Artefa
         lines += limited(align(rows), kind, _NAMED + 1)
     manifest = path.with_name(f"{path.stem}{_MANIFEST}")
     if is_file(manifest):
-        words = ["lora-export", "inspect", str(manifest)]
+        words = ["lora-export", "inspect", manifest]
         lines.append(f"manifest  {manifest.name}: {command(words) or 'inspect it'}")
     return Artefact("graph", facts, tuple(lines))
 

@@ -105,7 +105,7 @@ def build_line(kit: Path) -> str:
 def profile_lines(profiles: Sequence[Profile]) -> list[str]:
     """Return the shapes that an engine takes, LoRA's inputs summed up."""
     lines: list[str] = []
-    for profile in profiles:
+    for profile in profiles[:_LISTED]:
         rows = [("profile " + profile.name, "smallest", "usual", "largest")]
         plain = {name: shapes for name, shapes in profile.shapes.items() if _LORA not in name}
         rows += [_row(name, shapes) for name, shapes in list(plain.items())[:_LISTED]]
@@ -115,6 +115,8 @@ def profile_lines(profiles: Sequence[Profile]) -> list[str]:
         if ranks := _ranks(lora.values()):
             rows.append((f"rank of {len(lora)} LoRA inputs", *ranks))
         lines += align(rows)
+    if len(profiles) > _LISTED:
+        lines.append(f"… and {len(profiles) - _LISTED} more profiles")
     return lines
 
 

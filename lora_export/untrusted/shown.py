@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
 # Limit of a line of a terminal or a log: the start and the end of a long name are enough.
 MAX_LINE = 2000
@@ -63,9 +64,16 @@ def command(words: Iterable[object]) -> str:
     """Return words as a shell reads them; "" if a line would be cut, or characters of theirs be escaped.
 
     A part of a command is another one: cut between quotes, a name's own words would be run.
+
+    Args:
+        words: Its words; a path that begins with a dash, which would be read as an option, gets ``./``.
     """
-    text = shlex.join(map(str, words))
+    text = shlex.join(_word(word) for word in words)
     return text if len(text) <= MAX_LINE and shown(text) == text else ""
+
+
+def _word(word: object) -> str:
+    return f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
 
 
 def shown_lines(lines: Iterable[object], most: int = MAX_LINE) -> list[str]:

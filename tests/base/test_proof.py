@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -350,6 +351,41 @@ def test_a_long_run_is_longer_than_what_a_model_does_at_once(name, settings, tur
         model = made(config)
     runs = gap._plain_runs(kind_of(model), model, {"input_ids": torch.ones(2, 7, dtype=torch.int64)})
     assert next(runs)["input_ids"].shape[1] > turn
+
+
+# Graph, what ONNX Runtime says last, a part of the hint.
+FAILING = {
+    "one size": (
+        "(int64[2, 7] input_ids) => (int64[2, 7] y) { y = Identity (input_ids) }",
+        "index: 1 Got: 8",
+    ),
+    "a reshape": (
+        "(int64[b, s] input_ids) => (int64[b, 7] y) <int64[2] to = {-1, 7}> { y = Reshape (input_ids, to) }",
+        "requested shape:{-1,7}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_why_a_graph_does_not_run_is_said_to_the_end(name, tmp_path):
+    text, said = FAILING[name]
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18]> g {text}')
+    onnx.save(model, tmp_path / "m.onnx")
+    run = {"input_ids": torch.ones(1, 8, dtype=torch.int64)}
+    with pytest.raises(GraphError) as caught:
+        gap._of_graph(gap._opened(tmp_path / "m.onnx"), [run], [{"y": run["input_ids"]}], False)
+    assert said in str(caught.value)
+    assert "onnxruntime_src" not in str(caught.value)
+    assert ("in steps or pieces" in caught.value.hint) == (name == "one size")
+
+
+def test_a_graph_that_the_cpu_can_not_load_may_be_for_another_runtime(tmp_path):
+    text = "(float[b] x) => (float[b] y) { y = other.Nothing (x) }"
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18, "other" : 1]> g {text}')
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(GraphError, match="other:Nothing") as caught:
+        gap._opened(tmp_path / "m.onnx")
+    assert "--no-twin" in caught.value.hint
 
 
 def test_a_model_of_larger_blocks_goes_another_way_too(tmp_path):

@@ -1,5 +1,6 @@
 """Slots of a bank: each its adapter, its biases, and nothing of another's."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,8 @@ from small_graphs import adapter, delta, random
 
 from lora_export import Adapter, AdapterError, LoraModule, SiteError
 from lora_export.binding.bind import clear_slot, slot_blocks
-from lora_export.graph.exposed import ExposedModule, Member, Slot
+from lora_export.graph.exposed import ExposedModule, LoraRecord, Member, Slot
+from lora_export.untrusted.fields import FieldError
 
 
 def filled(graph, *adapters):
@@ -49,6 +51,26 @@ def test_each_slot_of_a_bank_computes_its_adapter():
     ):
         mask = np.array([owner == slot for owner in _SLOT_OF_COLUMN], np.float64)
         np.testing.assert_allclose((a * mask).astype(np.float64) @ b, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_room_that_a_record_claims_takes_no_memory():
+    """Zeros for 10¹⁵ values; what a module has no use for is not believed."""
+    graph = bank()
+    large = ExposedModule(
+        name="other",
+        kind="linear",
+        in_dim=10**9,
+        out_dim=4,
+        dtype="float32",
+        members=(Member(path="other", start=0, out_dim=4, ranks=(10**6, 10**6)),),
+    )
+    given = blocks(adapter(wide("l.q_proj", 6, 2, 1)), replace(graph, modules=(*graph.modules, large)), 0)
+    assert any(block.tensor == large.lora_a and block.values.size == 10**15 for block in given)
+    for members, rank in (([Member(path="l.q", start=0, out_dim=6, ranks=(2, 10**9))], 0), ([], 10**9)):
+        (module,) = graph.modules
+        claimed = replace(module, members=(*members, *module.members[len(members) :]), rank=rank)
+        with pytest.raises(FieldError, match="more than the module's sizes: at most"):
+            LoraRecord.from_data(json.loads(replace(graph, modules=(claimed,)).to_json()))
 
 
 def test_an_emptied_slot_is_the_base():

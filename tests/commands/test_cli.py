@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import output_cases
 import preloaded
 import pytest
@@ -178,6 +179,22 @@ def test_what_was_written_is_said_whatever_comes_after(error, monkeypatch, capsy
     monkeypatch.setattr(root, "main", write_and_fail)
     assert _run(["merge"], False) != 0
     assert f"complete and in place: {tmp_path / 'm.onnx'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_too_little_memory_is_no_defect_of_ours(debug, monkeypatch, capsys):
+    def fail(*_, **__):
+        np.zeros((8, 10**15))
+
+    monkeypatch.setattr(root, "main", fail)
+    if debug:
+        with pytest.raises(MemoryError):
+            _run(["merge"], debug)
+        return
+    assert _run(["merge"], debug) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Error: there is not enough memory: Unable to allocate ")
+    assert "report it" not in said
 
 
 @pytest.mark.parametrize("verb", ["merge", "merge-onnx", "swap-onnx", "bank-onnx", "convert-adapter"])

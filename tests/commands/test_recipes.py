@@ -220,6 +220,42 @@ def test_all_problems_are_listed_with_their_lines(tmp_path: Path) -> None:
     assert found == wanted
 
 
+BANK, ENGINE = "bank-onnx: {base: m.onnx, output: o.onnx, ", "build-engine: {model: m.onnx, output: o, "
+PARITY, BENCH = "parity: {reference: b, candidate: m.onnx, ", "bench: {model: m.onnx, "
+# Step, what is said of it.
+REFUSED_BY_VERBS = [
+    (f"{BANK}adapter: []}}", "'adapter' takes at least one value, got an empty list"),
+    (f"{BANK}adapter: [a]}}", "'a' is not NAME=PATH"),
+    (f"{BANK}adapter: [a=b, a=c]}}", "two slots are called a"),
+    (f"{ENGINE}target: []}}", "'target' takes at least one value, got an empty list"),
+    (f"{ENGINE}target: [sm89, rtx-9999]}}", "some of the targets are unknown; "),
+    (f'{ENGINE}target: " "}}', "no target is given"),
+    (f"{ENGINE}target: sm89, shape: batch}}", "'batch': not KEY=MIN:OPT:MAX"),
+    (f"{ENGINE}target: sm89, shape: 'batch=1:x:8'}}", "batch=1:x:8: wanted MIN:OPT:MAX"),
+    (f"{ENGINE}target: sm89, shape: 'batch=4:2:8'}}", "batch=4:2:8: smallest, usual and largest are out of"),
+    (f"{ENGINE}target: sm89, shape: 'ids=1x1:8:8x8'}}", "its parts have different numbers of dimensions"),
+    (f"{ENGINE}target: sm89, profile: decod}}", "the profile 'decod' has no sizes"),
+    (f"{BENCH}batch: '1,x'}}", "'1,x' is not a list of whole numbers"),
+    (f"{BENCH}batch: 0}}", "'0' has numbers below 1"),
+    (f"{BENCH}shape: height=0}}", "'height=0': a size is at least 1"),
+    (f"{PARITY}shape: height}}", "'height': not NAME=SIZE"),
+    (f"{PARITY}weight: []}}", "'weight' takes at least one value, got an empty list"),
+]
+
+
+@pytest.mark.parametrize(("step", "said"), REFUSED_BY_VERBS)
+def test_what_a_verb_refuses_is_refused_before_the_first_step(step, said, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"name: n\ndescription: d\nneeds: []\nsteps:\n  - targets: {{}}\n  - {step}\n", encoding="utf-8"
+    )
+    assert _run(["run", str(path), "--dry-run"], False) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"line 6: step 2 ({step.partition(':')[0]}): " in printed.err
+    assert said in printed.err
+
+
 def test_a_recipe_without_steps_is_refused(tmp_path: Path) -> None:
     assert problems(tmp_path, "steps: []") == ["line 4: steps: give at least one step"]
     assert problems(tmp_path, "") == ["missing key 'steps'"]

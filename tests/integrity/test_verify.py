@@ -1,6 +1,7 @@
 """`verify` finds one flipped bit anywhere in each kind of set that a verb writes, and says of which file."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import onnx_ir as ir
 import pytest
@@ -32,6 +34,7 @@ from lora_export import (
 from lora_export.cli import main as command_line
 from lora_export.demo.run import REPORT, save_report
 from lora_export.engines.plan import BuildRequest
+from lora_export.integrity import check
 from lora_export.integrity.check import CheckedFile
 from lora_export.modes.capture_onnx import capture_onnx
 from lora_export.packages.build_kit import write_kits
@@ -645,6 +648,31 @@ def test_what_is_only_shown_need_not_be(plain_set):
         (plain_set / name).parent.mkdir(parents=True, exist_ok=True)
         (plain_set / name).write_bytes(b"x")
     assert not verify(plain_set).failures()
+
+
+def test_no_path_is_no_set_without_a_fault():
+    """A pattern that matches nothing."""
+    with pytest.raises(LoraExportError, match="no path was given"):
+        verify([])
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.onnx.data", "m.lora.json", "other.bin"])
+def test_a_file_that_can_not_be_read_is_named_and_the_others_are_checked(name, plain_set, monkeypatch):
+    (plain_set / "other.bin").write_bytes(b"x")
+    before = {found.path.name: found.state for found in verify(plain_set).files}
+
+    def closed(path):
+        if Path(path).name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return find_seal(path)
+
+    monkeypatch.setattr(check, "find_seal", closed)
+    for given in (plain_set, plain_set / name):
+        (found,) = [found for found in verify(given).failures() if found.path.name == name]
+        assert found.state == "missing"
+        assert any("can't be read: Permission denied" in detail for detail in found.details)
+    after = {found.path.name: found.state for found in verify(plain_set).files}
+    assert after.keys() == before.keys()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has neither")

@@ -201,6 +201,11 @@ def test_dora_is_refused_with_a_way_out(tmp_path):
         (["--adapter", "x y={a}"], "'x y': a slot's name"),
         (["--adapter", "x={a}", "--batch-input", "nothing"], "no input 'nothing' with a batch axis"),
         (["--adapter", "x={a}", "--resident", "inputs", "--slot-rank", "2"], "give --slot-rank 4 or more"),
+        # Tensors of 3 TB.
+        (
+            ["--adapter", "x={a}", "--resident", "inputs", "--slot-rank", "100000000000"],
+            "give --slot-rank 4 or more, up to 1024",
+        ),
     ],
 )
 @group("llama")

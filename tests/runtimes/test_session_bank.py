@@ -214,6 +214,13 @@ def test_an_adapter_that_does_not_fit_its_slot_changes_nothing(tmp_path):
     poisoned.modules["p.weight"].lora_b[0, 0] = np.nan
     with pytest.raises(AdapterError, match="values that can't be used"):
         session.load_adapter("new", poisoned)
+    # Its change is an ordinary one, but x·A would be infinite in all rows.
+    large = fitting(5, 2)
+    large.modules["p.weight"].lora_a[:] *= np.float32(1e37)
+    large.modules["p.weight"].lora_b[:] *= np.float32(1e-37)
+    with pytest.raises(AdapterError, match="values that can't be used") as refused:
+        session.load_adapter("new", large)
+    assert "may overflow in rows of other adapters" in refused.value.problems[0]
     assert session.adapters == ["emotion", "summary"]
     check_rows(session, ROWS)
 

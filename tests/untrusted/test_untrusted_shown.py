@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ from safetensors.numpy import save_file
 
 from lora_export.cli import main
 from lora_export.commands.printing import print_json, print_lines
-from lora_export.errors import AdapterError
+from lora_export.engines.record import Profile
+from lora_export.errors import AdapterError, GraphError
+from lora_export.modes.quantize_onnx import quantize_onnx
+from lora_export.reports.engine import profile_lines
 from lora_export.reports.parity.to_html import report_html
 from lora_export.reports.parity.to_junit import junit_xml
 from lora_export.reports.parity.to_text import check_lines as parity_lines
@@ -342,3 +346,29 @@ def test_verbs_print_through_one_module() -> None:
 def test_lines_are_printed_each_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     print_lines(["a\nb", "c"])
     assert capsys.readouterr().out == "a\\nb\nc\n"
+
+
+@pytest.mark.parametrize("name", ["-x", "--help", "a b", "$(id)", "plain"])
+def test_a_printed_command_is_read_as_it_was_meant(name: str) -> None:
+    """A shell gives each word back, and none that is a path is read as an option."""
+    words = shlex.split(command(["lora-export", "verify", Path(name), "--rank", "-1"]))
+    assert words[:2] == ["lora-export", "verify"]
+    assert words[3:] == ["--rank", "-1"]
+    assert Path(words[2]) == Path(name)
+    assert not words[2].startswith("-")
+
+
+def test_a_command_in_a_hint_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-a b").mkdir()
+    with pytest.raises(GraphError) as caught:
+        quantize_onnx(Path("-a b"), Path("o.onnx"), to="int8")
+    words = shlex.split(caught.value.hint.partition(": ")[2])
+    assert words[1:3] == ["capture-onnx", "./-a b"]
+
+
+def test_of_many_profiles_the_first_are_printed() -> None:
+    shape = ((1, 1), (1, 2), (1, 4))
+    lines = profile_lines([Profile(f"p{number}", {"ids": shape}) for number in range(8000)])
+    assert len(lines) < 100
+    assert lines[-1] == "… and 7992 more profiles"

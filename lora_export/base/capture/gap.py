@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_export.base.capture.export import first_line, named_tensors, run_module
+from lora_export.base.capture.export import named_tensors, run_module
 from lora_export.errors import GraphError
 from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, SEQUENCE, Captured
 
@@ -48,6 +49,13 @@ _FACTORS = (1.0, 1.5, 1.9, 2.2)
 # in float64 as well.
 _LONG, _LONGEST, _LONG_VALUES = 1040, 4096, 1 << 24
 _TOKENS = (SEQUENCE, DECODER_SEQUENCE)
+# Letters of ONNX Runtime's reasons, and what it says of a file of its own and a function there.
+_SAID, _PLACE = 600, re.compile(r"/onnxruntime_src/\S+:\d+ [^()]*\([^()]*\) ")
+_OTHERWISE = "export the model yourself and go on with that .onnx; please report the model's config"
+_ONE_SIZE = (
+    "the model's code goes through its input in steps or pieces, and a trace has as many as the example; "
+    "export the model yourself with operators for them and go on with that .onnx"
+)
 _PAST, _PRESENT = "past_key_values.", "present."
 
 Feeds = Mapping[str, Any]
@@ -159,7 +167,9 @@ def _opened(graph: Path) -> ort.InferenceSession:
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its own
         raise GraphError(
-            f"ONNX Runtime can't load the graph: {first_line(error)}", "please report it"
+            f"ONNX Runtime can't load the graph on the CPU: {_reason(error)}",
+            "give --no-twin if it is for another runtime: then it is written without this comparison; please "
+            "report it",
         ) from error
 
 
@@ -305,8 +315,8 @@ def _of_graph(
         except Exception as error:  # onnxruntime raises classes of its own
             sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in run.items())
             raise GraphError(
-                f"ONNX Runtime can't run the graph on {sizes}, as PyTorch does: {first_line(error)}",
-                "export the model yourself and go on with that .onnx; please report the model's config",
+                f"ONNX Runtime can't run the graph on {sizes}, as PyTorch does: {_reason(error)}",
+                _ONE_SIZE if "Got invalid dimensions" in str(error) else _OTHERWISE,
             ) from error
         state = {
             name.replace(_PRESENT, _PAST): value
@@ -315,6 +325,12 @@ def _of_graph(
         }
         found.append({name: torch.from_numpy(value) for name, value in answers.items()})
     return found
+
+
+def _reason(error: Exception) -> str:
+    """Return what ONNX Runtime says on all of its lines, without the places in its own code."""
+    said = _PLACE.sub("", " ".join(str(error).split()))
+    return said if len(said) <= _SAID else f"{said[:_SAID]}…"
 
 
 def _empty(port: Any, rows: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 The gate is ``d · e`` with d = x·A_all ``(…, Σ ranks)`` and e the row's `adapter_weights`, each repeated over
 its slot's ranks: a Gather along the slots, so that no slot's weight reaches another's ranks. e is computed
 once for each sequence of ranks that modules have, usually once for the whole graph. Values of a slot that no
-row uses are multiplied by 0: they must be finite (NaN is refused), and x·A must not overflow.
+row uses are multiplied by 0: they must be finite (NaN is refused, and an A with which x·A may overflow).
 """
 
 from __future__ import annotations

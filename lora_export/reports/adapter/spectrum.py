@@ -2,7 +2,8 @@
 
 With ``left = Q_l R_l`` and ``right.T = Q_r R_r`` the singular values of ``left @ right`` are those of
 ``R_l @ R_r.T``, a ``(rank, rank)`` matrix: two thin QR decompositions and one small SVD, in float64. The full
-``(out_dim, in_dim)`` matrix is never made.
+``(out_dim, in_dim)`` matrix is never made, nor a whole factor in float64: R of some rows, with the next ones
+below it, has the R of all (TSQR).
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Array, LoraModule
+
+# Values of a factor that are widened at once.
+_BLOCK_VALUES = 1 << 19
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,25 +66,30 @@ def spectrum(module: LoraModule) -> Spectrum:
     Args:
         module: Module with its factors; a grouped convolution counts as the dense matrix that it acts as.
     """
-    found = [_singular_values(left, right) for left, right in _products(module)]
+    found = [_singular_values(module, expert) for expert in range(module.experts)]
     return Spectrum(np.sort(np.concatenate(found))[::-1])
 
 
-def _products(module: LoraModule) -> list[tuple[Array, Array]]:
-    if module.groups == 1:
-        return [module.factors(expert, np.float64) for expert in range(module.experts)]
-    # Group g of the outputs depends only on group g of the ranks: rows of blocks, each with its own A.
-    left, right = module.factors(0, np.float64)
-    rows, rank = left.shape[0] // module.groups, right.shape[0] // module.groups
-    blocks = np.zeros((left.shape[0], right.shape[0]))
-    for g in range(module.groups):
-        block = slice(g * rows, (g + 1) * rows), slice(g * rank, (g + 1) * rank)
-        blocks[block] = left[block[0]]
-    return [(blocks, right)]
-
-
-def _singular_values(left: Array, right: Array) -> Array:
-    upper_left: Any = np.linalg.qr(left, mode="r")
-    upper_right: Any = np.linalg.qr(right.T, mode="r")
-    values: Array = np.linalg.svd(upper_left @ upper_right.T, compute_uv=False)
+def _singular_values(module: LoraModule, expert: int) -> Array:
+    left, right = module.stored_factors(expert)
+    upper_right = _upper(right.T).T
+    # Group g of a convolution's outputs depends only on group g of the ranks.
+    rows, rank = len(left) // module.groups, len(right) // module.groups
+    parts = [
+        _upper(left[g * rows : (g + 1) * rows]) @ upper_right[g * rank : (g + 1) * rank]
+        for g in range(module.groups)
+    ]
+    values: Array = np.linalg.svd(np.concatenate(parts) * module.scaling, compute_uv=False)
     return values
+
+
+def _upper(factor: Array) -> Array:
+    """Return R of the QR decomposition of a factor ``(rows, rank)``, in float64, a few rows at a time."""
+    rank = factor.shape[1]
+    step = max(_BLOCK_VALUES // max(rank, 1), 4 * rank)
+    upper: Array = np.zeros((0, rank))
+    for start in range(0, len(factor), step):
+        rows = factor[start : start + step].astype(np.float64)
+        found: Any = np.linalg.qr(np.concatenate([upper, rows]), mode="r")
+        upper = found
+    return upper
