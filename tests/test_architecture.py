@@ -1,6 +1,7 @@
 """Who may import whom, what stands at the top level, and what `--help` loads."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -46,24 +47,32 @@ def entry(path: Path) -> str:
 
 def imported(path: Path, top_level: bool = False):
     """Yield (dotted name, line) of what a file imports; `if TYPE_CHECKING` blocks do not count."""
+    return ((name, line) for name, line, is_at_top in imports(path) if is_at_top or not top_level)
+
+
+@functools.cache
+def imports(path: Path) -> list[tuple[str, int, bool]]:
+    """Return the dotted name and line of what a file imports, and whether it is imported with the file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = list(ast.walk(tree))
     skipped = {
         id(inner)
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
         for inner in ast.walk(node)
     }
-    nodes = tree.body if top_level else ast.walk(tree)
+    top, found = set(map(id, tree.body)), []
     for node in nodes:
         if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, node.lineno
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module, node.lineno
-            for alias in node.names:
-                yield f"{node.module}.{alias.name}", node.lineno
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found += [(name, node.lineno, id(node) in top) for name in names]
+    return found
 
 
 def test_layers_are_imported_downwards_only():

@@ -27,6 +27,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from light_tracing import trace_lightly
 
 # What decides about a graph. With any other option, or another kind of module, the exporter is run.
 _OPTIONS = frozenset(
@@ -63,6 +64,7 @@ def share_exports(folder: Path, put: Callable[[Any, str, Any], None] = setattr) 
     put(torch.onnx, "export", exported_once(torch.onnx.export, folder))
     _remember_operators(put)
     _do_less(put)
+    trace_lightly(put)
 
 
 def _remember_operators(put: Callable[[Any, str, Any], None]) -> None:
