@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array
+from lora_export.base.lowering.evaluating import CannotCompute, opened_for
 from lora_export.graph.captured import TOTAL_SEQUENCE, Captured
 
 if TYPE_CHECKING:
@@ -32,25 +33,12 @@ def is_causal(model: ir.Model, mask: ir.Value, captured: Captured) -> bool:
         mask: The mask of an attention, ``[batch, 1, sequence, total_sequence]``.
         captured: The graph's record, with the number of positions.
     """
-    import onnxruntime
-
     if mask.dtype != ir.DataType.BOOL:
         return False
-    graph = ir.convenience.extract(model.graph, list(model.graph.inputs), [mask])
-    if any(value.const_value is None for value in graph.initializers.values()):
-        return False  # a weight decides
-    for value in list(graph.inputs):
-        if value.uses():
-            # Of a cache only the number of tokens is read: the heads of the trials are small.
-            value.shape = ir.Shape([None] * len(value.shape or ()))
-        else:
-            graph.inputs.remove(value)
-    alone = ir.Model(graph, ir_version=model.ir_version)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 4, 1
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(alone).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    try:
+        session = opened_for(model, [mask])
+    except CannotCompute:
+        return False
     longest = min(captured.largest.get(TOTAL_SEQUENCE, _MOST), _MOST)
     return all(_agrees(session, *sizes) for sizes in (*_TRIALS, (1, longest - 1, 1)))
 
