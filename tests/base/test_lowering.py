@@ -220,12 +220,27 @@ def test_merged(llama_graph, tmp_path):
     assert any("prompts are padded on the right" in note for note in report.notes)
 
 
-def test_a_folder_is_merged_at_once(llama_graph, tmp_path):
-    merge_onnx(
-        llama_graph / "base", llama_graph / "b", tmp_path / "m.onnx", kv_cache=True, runtime="ort-cuda"
-    )
-    assert operators(tmp_path / "m.onnx")["GroupQueryAttention"] == 3
-    check_equal(of_graph(tmp_path / "m.onnx"), of_torch(with_adapter(llama_graph, "b")))
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(llama, id="llama"),
+        pytest.param(qwen2, id="qwen2, with biases, in outline", marks=pytest.mark.proven),
+    ],
+)
+def test_a_folder_is_merged_at_once(make, tmp_path):
+    """Queries, keys and values are one product: a merged weight gets no branches beside it."""
+    model = saved(make, tmp_path / "base")
+    trained(model, tmp_path / "a")
+    kind = type(model)
+    merge_onnx(tmp_path / "base", tmp_path / "a", tmp_path / "m.onnx", kv_cache=True, runtime="ort-cuda")
+    graph = load_graph(tmp_path / "m.onnx").graph
+    attentions = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    assert [node.inputs[1:3] for node in attentions] == [(None, None)] * 3
+    assert not [name for name in graph.initializers if "q_proj" in name]
+    merged = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "a").eval()
+    check_equal(of_graph(tmp_path / "m.onnx"), of_torch(merged))
+    report = check_parity(tmp_path / "base", tmp_path / "m.onnx", tmp_path / "a", samples=4)
+    assert report.passed, report
 
 
 def test_a_session_swaps_adapters(llama_graph, tmp_path):
