@@ -32,6 +32,7 @@ from lora_export.cli import root
 from lora_export.engines.prepare.prepare import admit
 from lora_export.graph.captured import Captured
 from lora_export.graph.onnx_file import load_graph
+from lora_export.graph.proof import Proof
 
 SIZES = {
     "hidden_size": 64,
@@ -194,6 +195,21 @@ def test_prompts_and_steps_are_pytorchs(make, trace, grouped, norms, rotary, tmp
     assert [node.op_type for node in load_graph(graph).graph].count("RotaryEmbedding") == rotary
     assert Captured.from_metadata(load_graph(graph).model.metadata_props).padding == "right"
     check_equal(of_graph(graph), of_torch(model))
+
+
+@pytest.mark.proven
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_halves(dtype, tmp_path):
+    """The capture compares them with PyTorch itself; bfloat16, which no CPU runs, by a twin in float32."""
+    saved(llama, tmp_path / "base")
+    graph, _ = capture_onnx(
+        tmp_path / "base", tmp_path / "m.onnx", dtype=dtype, kv_cache=True, runtime="ort-cuda"
+    )
+    assert operators(graph) == {"GroupQueryAttention": 3, "SkipSimplifiedLayerNormalization": 6}
+    metadata = load_graph(graph).model.metadata_props
+    assert Proof.from_metadata(metadata).of == ("model" if dtype == "float16" else "twin")
+    tables = [value for name, value in load_graph(graph).graph.initializers.items() if "lowered" in name]
+    assert sum(value.dtype.name == dtype.upper() for value in tables) == 2
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -48,7 +48,7 @@ def _agrees(session: ort.InferenceSession, rows: int, past: int, tokens: int) ->
     given = np.ones((rows, past + tokens), np.int64)
     if rows > 1 and not past:
         given[-1, -_PADDED:] = 0
-    feeds = {port.name: _values(port, given, past) for port in session.get_inputs()}
+    feeds = {port.name: _values(port.name, given, past) for port in session.get_inputs()}
     (found,) = session.run(None, feeds)
     queries, keys = np.arange(past, past + tokens), np.arange(past + tokens)
     wanted = (keys <= queries[:, None]) & given[:, None, None, :].astype(bool)
@@ -56,13 +56,13 @@ def _agrees(session: ort.InferenceSession, rows: int, past: int, tokens: int) ->
     return found.shape == wanted.shape and bool((found == wanted)[:, 0][read].all())
 
 
-def _values(port: Any, given: Array, past: int) -> Array:
+def _values(name: str, given: Array, past: int) -> Array:
     rows, tokens = len(given), given.shape[1] - past
-    if port.name == "attention_mask":
+    if name == "attention_mask":
         return given
-    if port.name == "position_ids":
+    if name == "position_ids":
         places: Array = np.maximum(given.cumsum(1) - 1, 0)
         return places[:, past:]
-    if port.name == "input_ids":
+    if name == "input_ids":
         return np.zeros((rows, tokens), np.int64)
-    return np.zeros((rows, 1, past, 1), np.float16 if "float16" in port.type else np.float32)
+    return np.zeros((rows, 1, past, 1), np.float32)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 
+_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
 class CannotCompute(Exception):
     """A value depends on weights, or ONNX Runtime can't compute it on the CPU."""
 
@@ -34,12 +37,14 @@ def opened_for(model: ir.Model, values: Sequence[ir.Value]) -> ort.InferenceSess
         raise CannotCompute("weights are needed")
     for value in list(graph.inputs):
         if value.uses():
-            # Of a cache only the number of tokens counts: its heads may be small.
+            # Of a cache only the number of tokens counts: its heads may be small, and bfloat16 can't be fed.
             value.shape = ir.Shape([None] * len(value.shape or ()))
+            if value.dtype in _HALVES:
+                value.type = ir.TensorType(ir.DataType.FLOAT)
         else:
             graph.inputs.remove(value)
     for place, value in enumerate(graph.outputs):
-        if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        if value.dtype in _HALVES:
             cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
             cast.outputs[0].name, cast.outputs[0].type = (
                 f"{value.name}.exact",
