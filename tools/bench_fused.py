@@ -1,11 +1,12 @@
 """Compare the speed of a decoder captured plainly, with --fused and with --runtime ort-cuda, interleaved.
 
 Run: python tools/bench_fused.py --workdir DIR [--shape 1b] [--dtype float16] [--provider cuda] [--repeats 30]
-Makes a Llama with random weights in a work folder (transformers), captures it three times with its cache, and
-runs the graphs in turn in ONNX Runtime: the next token behind 512 tokens and a prompt, with one and several
-rows, of a prompt one padded on the right. Prints a Markdown table: median ms of a run, and the largest
-difference of the logits from the plain graph's, relative to the largest logit. On CUDA the feeds and the
-outputs stay on the device. ``--graphs fused,ort-cuda`` runs these alone.
+Makes a Llama with random weights in a work folder (transformers), captures it four times with its cache (the
+last as merge-onnx does a folder, with q, k and v in one product), and runs the graphs in turn in ONNX
+Runtime: the next token behind 512 tokens and a prompt, with one and several rows, of a prompt one padded on
+the right. Prints a Markdown table: median ms of a run, and the largest difference of the logits from the
+plain graph's, relative to the largest logit. On CUDA the feeds and the outputs stay on the device. ``--graphs
+fused,ort-cuda`` runs these alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from bench_capture import SHAPES
 RUNS = ((1, 512, 1), (8, 512, 1), (1, 0, 512), (8, 0, 128))
 _PADDED = 3
 # Name of a column → options of the capture.
-GRAPHS = {"plain": {}, "fused": {"fused": True}, "ort-cuda": {"runtime": "ort-cuda"}}
+GRAPHS = {
+    "plain": {},
+    "fused": {"fused": True},
+    "ort-cuda": {"runtime": "ort-cuda"},
+    "packed": {"runtime": "ort-cuda", "packed": True},
+}
 
 
 def main() -> None:
@@ -69,7 +75,7 @@ def captured(workdir: Path, shape: str, dtype: str, names: list[str]) -> dict[st
     import torch
     import transformers
 
-    from lora_export import capture_onnx
+    from lora_export.base.capture.capture import capture_checkpoint
 
     layers, hidden, kv_heads, heads, mlp, vocabulary = SHAPES[shape]
     base = workdir / f"{shape}-base"
@@ -90,7 +96,7 @@ def captured(workdir: Path, shape: str, dtype: str, names: list[str]) -> dict[st
     for name in names:
         graphs[name] = workdir / f"{shape}-{dtype}-{name}.onnx"
         if not graphs[name].exists():
-            capture_onnx(base, graphs[name], dtype=dtype, kv_cache=True, **GRAPHS[name])
+            capture_checkpoint(base, graphs[name], dtype=dtype, kv_cache=True, **GRAPHS[name])
     return graphs
 
 

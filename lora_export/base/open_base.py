@@ -233,6 +233,8 @@ def _captured(
         kv_cache=options.kv_cache,
         fused=options.fused,
         runtime=options.runtime,
+        # A parameter that an adapter replaces whole is looked for under its own name.
+        packed=options.packed and not any(adapter.extras for adapter in adapters),
         part=options.part,
         replaced=[] if prepare else [name for adapter in adapters for name in adapter.extras],
     )

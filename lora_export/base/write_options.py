@@ -29,6 +29,8 @@ class WriteOptions:
         dry_run: Write nothing.
         progress: Function that is called with the number of bytes just written.
         part: Use of a captured model in a pipeline, if its graph differs for it; not a mode's argument.
+        packed: Capture queries, keys and values in one product, where the runtime has that; not a mode's
+            argument either.
     """
 
     checkpoint: CheckpointChoice = None
@@ -43,9 +45,10 @@ class WriteOptions:
     dry_run: bool = False
     progress: Callable[[int], None] | None = None
     part: Part = ""
+    packed: bool = False
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> WriteOptions:
         """Return the options from the ``locals()`` of a mode, which has arguments of the same names."""
-        names = [option.name for option in fields(cls) if option.name != "part"]
+        names = [option.name for option in fields(cls) if option.name not in ("part", "packed")]
         return cls(**{name: arguments[name] for name in names})

@@ -64,7 +64,8 @@ class Captured:
         largest: Name of a dimension → the largest size that the model has positions for.
         smallest: Name of a dimension → the smallest size that the model can read, if that is not 1.
         padding: Sides on which rows may be padded, ``any`` or ``right``. With ``right`` several tokens behind
-            a past are for one row, and a new token behind a past is never padding.
+            a past are for one row, a new token behind a past is never padding, and positions count a row's
+            tokens, whatever ``position_ids`` say.
     """
 
     kind: Kind

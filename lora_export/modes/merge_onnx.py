@@ -110,7 +110,8 @@ def merge_onnx(
     out, base = Path(output), Path(base)
     choice_of(quantize)
     loaded, factors = check_blend(adapters, weights, component)
-    options = WriteOptions.among(locals())
+    # A merged weight gets no branches beside it.
+    options = replace(WriteOptions.among(locals()), packed=True)
     if not is_pipeline(base):
         return _merge_one(base, out, loaded, factors, rounding=rounding, options=options)
     return merge_pipeline(

@@ -27,13 +27,15 @@ from lora_export import (
     swap_onnx,
 )
 from lora_export.base.lowering import cached_attention
+from lora_export.base.lowering.rotary_tables import RotaryTables
 from lora_export.cli import root
 from lora_export.engines.prepare.prepare import admit
 from lora_export.graph.captured import Captured
 from lora_export.graph.onnx_file import load_graph
+from lora_export.graph.proof import Proof
 
 SIZES = {
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -56,13 +58,13 @@ def qwen2():
 
 
 def qwen3():
-    """Norms of each head of q and k."""
+    """Norms of each head of q and k, of a size for which the operator turns nothing itself."""
     return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, head_dim=8))
 
 
 def gemma2():
     """Soft capping, norms on both sides, and windows shorter than the texts in half of the layers."""
-    sizes = {**SIZES, "num_hidden_layers": 4, "head_dim": 8}
+    sizes = {**SIZES, "num_hidden_layers": 4, "head_dim": 16}
     return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, sliding_window=4))
 
 
@@ -171,17 +173,17 @@ def check_equal(actual, expected):
 
 
 @pytest.mark.parametrize(
-    ("make", "trace", "grouped", "norms"),
+    ("make", "trace", "grouped", "norms", "rotary"),
     [
-        pytest.param(llama, "loaded", 3, 6, id="llama"),
-        pytest.param(gemma2, "outline", 2, 8, id="gemma2, in outline", marks=pytest.mark.proven),
-        pytest.param(qwen2, "loaded", 3, 6, id="qwen2"),
-        pytest.param(qwen3, "loaded", 3, 6, id="qwen3"),
-        pytest.param(gpt2, "loaded", 2, 5, id="gpt2"),
-        pytest.param(phi, "loaded", 3, 3, id="phi"),
+        pytest.param(llama, "loaded", 3, 6, 0, id="llama"),
+        pytest.param(gemma2, "outline", 2, 8, 4, id="gemma2, in outline", marks=pytest.mark.proven),
+        pytest.param(qwen2, "loaded", 3, 6, 0, id="qwen2"),
+        pytest.param(qwen3, "loaded", 3, 6, 6, id="qwen3"),
+        pytest.param(gpt2, "loaded", 2, 5, 0, id="gpt2"),
+        pytest.param(phi, "loaded", 3, 3, 6, id="phi"),
     ],
 )
-def test_prompts_and_steps_are_pytorchs(make, trace, grouped, norms, tmp_path):
+def test_prompts_and_steps_are_pytorchs(make, trace, grouped, norms, rotary, tmp_path):
     model = saved(make, tmp_path / "base")
     graph, _ = capture_onnx(
         tmp_path / "base", tmp_path / "m.onnx", kv_cache=True, trace=trace, runtime="ort-cuda"
@@ -190,8 +192,24 @@ def test_prompts_and_steps_are_pytorchs(make, trace, grouped, norms, tmp_path):
     assert found["GroupQueryAttention"] == grouped
     skips = found["SkipSimplifiedLayerNormalization"] + found["SkipLayerNormalization"]
     assert skips == norms
+    assert [node.op_type for node in load_graph(graph).graph].count("RotaryEmbedding") == rotary
     assert Captured.from_metadata(load_graph(graph).model.metadata_props).padding == "right"
     check_equal(of_graph(graph), of_torch(model))
+
+
+@pytest.mark.proven
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_halves(dtype, tmp_path):
+    """The capture compares them with PyTorch itself; bfloat16, which no CPU runs, by a twin in float32."""
+    saved(llama, tmp_path / "base")
+    graph, _ = capture_onnx(
+        tmp_path / "base", tmp_path / "m.onnx", dtype=dtype, kv_cache=True, runtime="ort-cuda"
+    )
+    assert operators(graph) == {"GroupQueryAttention": 3, "SkipSimplifiedLayerNormalization": 6}
+    metadata = load_graph(graph).model.metadata_props
+    assert Proof.from_metadata(metadata).of == ("model" if dtype == "float16" else "twin")
+    tables = [value for name, value in load_graph(graph).graph.initializers.items() if "lowered" in name]
+    assert sum(value.dtype.name == dtype.upper() for value in tables) == 2
 
 
 @pytest.fixture(scope="module")
@@ -218,12 +236,27 @@ def test_merged(llama_graph, tmp_path):
     assert any("prompts are padded on the right" in note for note in report.notes)
 
 
-def test_a_folder_is_merged_at_once(llama_graph, tmp_path):
-    merge_onnx(
-        llama_graph / "base", llama_graph / "b", tmp_path / "m.onnx", kv_cache=True, runtime="ort-cuda"
-    )
-    assert operators(tmp_path / "m.onnx")["GroupQueryAttention"] == 3
-    check_equal(of_graph(tmp_path / "m.onnx"), of_torch(with_adapter(llama_graph, "b")))
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(llama, id="llama"),
+        pytest.param(qwen2, id="qwen2, with biases, in outline", marks=pytest.mark.proven),
+    ],
+)
+def test_a_folder_is_merged_at_once(make, tmp_path):
+    """Queries, keys and values are one product: a merged weight gets no branches beside it."""
+    model = saved(make, tmp_path / "base")
+    trained(model, tmp_path / "a")
+    kind = type(model)
+    merge_onnx(tmp_path / "base", tmp_path / "a", tmp_path / "m.onnx", kv_cache=True, runtime="ort-cuda")
+    graph = load_graph(tmp_path / "m.onnx").graph
+    attentions = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    assert [node.inputs[1:3] for node in attentions] == [(None, None)] * 3
+    assert not [name for name in graph.initializers if "q_proj" in name]
+    merged = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "a").eval()
+    check_equal(of_graph(tmp_path / "m.onnx"), of_torch(merged))
+    report = check_parity(tmp_path / "base", tmp_path / "m.onnx", tmp_path / "a", samples=4)
+    assert report.passed, report
 
 
 def test_a_session_swaps_adapters(llama_graph, tmp_path):
@@ -275,6 +308,7 @@ def feeds_of(mask, tokens, session):
         ([[1, 1, 1, 0]], 2, "a new token of row 1 is padding, behind a past"),
         ([[1, 1, 1, 1]] * 2, 2, "2 new tokens of 2 rows behind a past"),
         ([[1, 2, 1]], 3, "other numbers than 0 and 1"),
+        ([[1, 1, 0, 1]], 1, "those of row 1 do not count its tokens"),
     ],
 )
 def test_a_session_refuses_other_padding(mask, tokens, text, llama_graph, tmp_path):
@@ -327,9 +361,9 @@ def test_a_wrong_lowering_is_not_written(fault, tmp_path, monkeypatch):
     saved(llama, tmp_path / "base")
     write, count = cached_attention._write, cached_attention._counts
 
-    def with_another_scale(graph, found, counts):
+    def with_another_scale(graph, found, *more):
         found.node.attributes["scale"] = ir.AttrFloat32("scale", 0.2)
-        write(graph, found, counts)
+        write(graph, found, *more)
 
     def of_whole_rows(graph):
         """Return counts of a mask in which padding is a token."""
@@ -399,3 +433,42 @@ def test_an_unknown_runtime(tmp_path):
     with pytest.raises(OutputError, match="no runtime 'cuda'") as refused:
         capture_onnx(tmp_path, tmp_path / "m.onnx", runtime="cuda")
     assert "portable, ort-cuda" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("angle", "has_tables"),
+    [
+        ("Mul (floats, frequencies)", True),
+        # Scaled by how many there are.
+        ("Div (products, most)", False),
+    ],
+)
+def test_angles_of_one_position_do_not_depend_on_others(angle, has_tables):
+    text = f"""
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (int64[batch, sequence] position_ids, float[batch, 4, sequence, 16] x) => (float[a, b, c, d] y)
+        <int64[1] two = {{2}}, float[1, 1, 8] frequencies = {{1.0, 0.5, 0.25, 0.12, 0.06, 0.03, 0.01, 0}}> {{
+            axes = Unsqueeze (position_ids, two)
+            floats = Cast <to = 1> (axes)
+            products = Mul (floats, frequencies)
+            largest = ReduceMax <keepdims = 1> (floats)
+            most = Add (largest, frequencies)
+            angles = {angle}
+            cosines = Cos (angles)
+            sines = Sin (angles)
+            y = RotaryEmbedding (x, cosines, sines)
+        }}"""
+    model = ir.from_onnx_text(text)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    for name in ("cosines", "sines"):
+        values[name].shape = ir.Shape(["batch", "sequence", 8])
+        values[name].type = ir.TensorType(ir.DataType.FLOAT)
+    captured = Captured(kind="decoder", kv_cache=True, dtype="float32", largest={"total_sequence": 40})
+    rotary = values["y"].producer()
+    tables = RotaryTables(model, captured).of(rotary, rotary)
+    assert (tables is not None) is has_tables
+    if tables:
+        places, frequencies = np.arange(40)[:, None], model.graph.initializers["frequencies"].const_value
+        np.testing.assert_allclose(
+            tables[0].const_value.numpy(), np.cos(places * frequencies.numpy()[0]), atol=1e-5
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -115,6 +116,11 @@ class _Streamed(ir.LazyTensor):
             file.write(block.view(np.uint8).data)
 
 
+def stacked(parts: Sequence[tuple[StoredPart, ...]]) -> tuple[StoredPart, ...]:
+    """Return what holds the rows of several parameters, one below the other; each is one stored tensor."""
+    return tuple(replace(one, piece=(index, len(parts))) for index, (one,) in enumerate(parts))
+
+
 def shape_of_parts(checkpoint: Checkpoint, parts: Sequence[StoredPart]) -> tuple[int, ...]:
     """Return the shape of a parameter that is made from stored tensors."""
     shapes = [_turned_shape(checkpoint, part) for part in parts]
@@ -133,14 +139,14 @@ def _turned_shape(checkpoint: Checkpoint, part: StoredPart) -> tuple[int, ...]:
 
 
 def _joined(checkpoint: Checkpoint, parts: Sequence[StoredPart]) -> Array:
-    """Return a parameter's values: one tensor, or experts of several pieces each, stacked."""
+    """Return a parameter's values: one tensor, several in a row, or experts of several pieces each."""
 
     def read(part: StoredPart) -> Array:
         values = checkpoint.read(part.tensor)
         return values.swapaxes(-1, -2) if part.transposed else values
 
     if parts[0].expert is None:
-        return read(parts[0])
+        return np.concatenate([read(part) for part in parts]) if len(parts) > 1 else read(parts[0])
     experts: dict[int, list[Any]] = {}
     for part in parts:
         assert part.expert is not None

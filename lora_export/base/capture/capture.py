@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_export.base.capture.attach import Weights
+from lora_export.base.capture.attach import Weights, stacked
 from lora_export.base.capture.attention import OPSET
 from lora_export.base.capture.cache import name_total
 from lora_export.base.capture.export import (
@@ -74,6 +74,7 @@ def capture_checkpoint(
     trace: Trace = "auto",
     fused: bool = False,
     runtime: Runtime = "portable",
+    packed: bool = False,
     proven: bool = True,
     share_from: Path | None = None,
     part: Part = "",
@@ -97,6 +98,8 @@ def capture_checkpoint(
             compute with kernels of their own.
         runtime: Runtime that the graph is lowered for (`lora_export.base.lowering`), fused first; of the
             portable graph only ONNX's operators are asked.
+        packed: Compute queries, keys and values in one product, if the runtime has an attention for that: for
+            a graph whose projections get no branches of LoRA.
         proven: Compare the graph with PyTorch in ONNX Runtime: a small model's own, a large model's by a
             twin, which is captured in the same way. The graph's metadata says so (`lora_export.graph.proof`).
         share_from: Leave weights in the checkpoint's own files, where these hold them in the graph's dtype
@@ -129,6 +132,7 @@ def capture_checkpoint(
         replaced=tuple(replaced),
         fused=fused or is_lowered,
         runtime=runtime,
+        packed=packed and is_lowered,
         part=part,
     )
     if share_from is not None:
@@ -158,6 +162,7 @@ class Way:
         kv_cache: As for `capture_checkpoint`.
         fused: As for `capture_checkpoint`.
         runtime: As for `capture_checkpoint`.
+        packed: As for `capture_checkpoint`.
         replaced: As for `capture_checkpoint`.
         in_outline: Trace without weights.
         part: As for `capture_checkpoint`.
@@ -167,6 +172,7 @@ class Way:
     kv_cache: bool
     fused: bool
     runtime: Runtime = "portable"
+    packed: bool = False
     replaced: tuple[str, ...] = ()
     in_outline: bool = False
     part: Part = ""
@@ -316,7 +322,7 @@ def _loaded(path: Path, way: Way) -> tuple[ir.Model, Captured]:
         name_total(graph)
     if captured.kind == "denoiser":
         spread_timestep(graph)
-    return graph, lower_graph(graph, captured, way.runtime)
+    return graph, lower_graph(graph, captured, way.runtime, pack=way.packed).captured
 
 
 def _in_outline(checkpoint: Checkpoint, loading: Loading, way: Way) -> Kept:
@@ -351,9 +357,11 @@ def _in_outline(checkpoint: Checkpoint, loading: Loading, way: Way) -> Kept:
         raise CannotOutline(f"{path} can't be traced without its weights: {first_line(error)}") from error
     if way.kv_cache:
         name_total(kept.graph)
-    captured = lower_graph(kept.graph, described[-1], way.runtime)
-    kept.graph.metadata_props.update(captured.to_metadata())
-    return kept
+    lowered = lower_graph(kept.graph, described[-1], way.runtime, pack=way.packed)
+    kept.graph.metadata_props.update(lowered.captured.to_metadata())
+    parts = {name: own for name, own in kept.parts.items() if name in kept.graph.graph.initializers}
+    parts |= {name: stacked([kept.parts[one] for one in of]) for name, of in lowered.packed.items()}
+    return replace(kept, parts=parts)
 
 
 def capture_module(

@@ -10,6 +10,9 @@ stays as it was captured:
 3. All heads have one size, a multiple of 8 up to 256: CUDA has kernels for these.
 4. The output has one use, which puts the heads behind the tokens.
 
+Rotary embeddings of queries and keys go into it where `rotary_tables` has tables for them; its positions are
+then counted, and ``position_ids`` are not read.
+
 A row's tokens are its first ones for the operator, and it writes each new one behind them: in the cache of a
 row that is padded on the right, the padding is overwritten.
 """
@@ -22,6 +25,7 @@ import onnx_ir as ir
 
 from lora_export.base.lowering.causal_mask import is_causal
 from lora_export.base.lowering.replacing import CONTRIB, add_node, add_value, constant_of
+from lora_export.base.lowering.rotary_tables import RotaryTables
 from lora_export.graph.captured import Captured
 
 _HEADS_FIRST = [0, 2, 1, 3]
@@ -65,9 +69,9 @@ def group_queries(model: ir.Model, captured: Captured) -> tuple[int, int]:
     causal = {mask: is_causal(model, mask, captured) for mask in {one.mask: None for one in cached}}
     found = [one for one in cached if causal[one.mask]]
     if found:
-        counts = _counts(model.graph)
+        counts, tables = _counts(model.graph), RotaryTables(model, captured)
         for one in found:
-            _write(model.graph, one, counts)
+            _write(model.graph, one, counts, tables)
     return len(found), len(nodes) - len(found)
 
 
@@ -134,17 +138,23 @@ def _counts(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     return add("Cast", [last], "seqlens_k", to=int32), add("Cast", [total], "length", to=int32)
 
 
-def _write(graph: ir.Graph, found: _Cached, counts: tuple[ir.Value, ir.Value]) -> None:
+def _write(graph: ir.Graph, found: _Cached, counts: tuple[ir.Value, ir.Value], tables: RotaryTables) -> None:
     query, keys, values = found.node.inputs[:3]
     assert query is not None
-    flat = [_flat(graph, value, found.node) for value in (query, *found.new)]
     heads, kv_heads = _heads_of(query), _heads_of(found.new[0])
     assert heads is not None
     assert kv_heads is not None
+    options = {"num_heads": heads[0], "kv_num_heads": kv_heads[0]}
+    given, angles = [query, *found.new], tuple[ir.Value, ...]()
+    turned, beside = _rotary(query), _rotary(found.new[0])
+    if turned is not None and beside is not None and (angles := tables.of(turned, beside) or ()):
+        given[:2] = [value for node in (turned, beside) if (value := node.inputs[0]) is not None]
+        interleaved = turned.attributes.get_int("interleaved", 0)
+        options |= {"do_rotary": 1, "rotary_interleaved": interleaved}
     made = ir.node(
         "GroupQueryAttention",
-        [*flat, *found.past, *counts],
-        {**found.node.attributes, "num_heads": heads[0], "kv_num_heads": kv_heads[0]},
+        [*(_flat(graph, value, found.node) for value in given), *found.past, *counts, *angles],
+        {**found.node.attributes, **options},
         domain=CONTRIB,
         num_outputs=3,
         name=found.node.name,
@@ -172,15 +182,15 @@ def _flat(graph: ir.Graph, value: ir.Value, before: ir.Node) -> ir.Value:
     assert heads is not None
     assert dtype is not None
     shape = _joined_shape(value, heads)
-    if node is not None and node.op_type == "RotaryEmbedding" and not node.domain and len(node.inputs) == 3:
-        x, cosine, sine = node.inputs
+    if (rotary := _rotary(value)) is not None:
+        x, cosine, sine = rotary.inputs
         assert x is not None
         turned = ir.node(
             "RotaryEmbedding",
             [_flat(graph, x, before), cosine, sine],
-            {**node.attributes, "num_heads": heads[0]},
-            name=node.name,
-            metadata_props=node.metadata_props,
+            {**rotary.attributes, "num_heads": heads[0]},
+            name=rotary.name,
+            metadata_props=rotary.metadata_props,
         )
         return add_value(turned, before, f"{value.name}.joined", shape=shape, dtype=dtype)
     if node is not None and node.op_type == "Transpose" and _perm(node) == _HEADS_FIRST:
@@ -198,6 +208,13 @@ def _flat(graph: ir.Graph, value: ir.Value, before: ir.Node) -> ir.Value:
     sizes = constant_of(graph, [0, 0, width], f"lowered.joined_heads_{width}")
     join = ir.node("Reshape", [last, sizes], name=f"{value.name}.joined")
     return add_value(join, before, f"{value.name}.joined", shape=shape, dtype=dtype)
+
+
+def _rotary(value: ir.Value) -> ir.Node | None:
+    """Return the rotary embedding whose output a value is, without positions of its own."""
+    node = value.producer()
+    is_one = node is not None and node.op_type == "RotaryEmbedding" and not node.domain
+    return node if is_one and node is not None and len(node.inputs) == 3 else None
 
 
 def _perm(node: ir.Node) -> list[int]:

@@ -6,12 +6,13 @@ not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array
+from lora_export.base.lowering.evaluating import CannotCompute, opened_for
 from lora_export.graph.captured import TOTAL_SEQUENCE, Captured
 
 if TYPE_CHECKING:
@@ -32,25 +33,12 @@ def is_causal(model: ir.Model, mask: ir.Value, captured: Captured) -> bool:
         mask: The mask of an attention, ``[batch, 1, sequence, total_sequence]``.
         captured: The graph's record, with the number of positions.
     """
-    import onnxruntime
-
     if mask.dtype != ir.DataType.BOOL:
         return False
-    graph = ir.convenience.extract(model.graph, list(model.graph.inputs), [mask])
-    if any(value.const_value is None for value in graph.initializers.values()):
-        return False  # a weight decides
-    for value in list(graph.inputs):
-        if value.uses():
-            # Of a cache only the number of tokens is read: the heads of the trials are small.
-            value.shape = ir.Shape([None] * len(value.shape or ()))
-        else:
-            graph.inputs.remove(value)
-    alone = ir.Model(graph, ir_version=model.ir_version)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 4, 1
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(alone).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    try:
+        session = opened_for(model, [mask])
+    except CannotCompute:
+        return False
     longest = min(captured.largest.get(TOTAL_SEQUENCE, _MOST), _MOST)
     return all(_agrees(session, *sizes) for sizes in (*_TRIALS, (1, longest - 1, 1)))
 
@@ -60,7 +48,7 @@ def _agrees(session: ort.InferenceSession, rows: int, past: int, tokens: int) ->
     given = np.ones((rows, past + tokens), np.int64)
     if rows > 1 and not past:
         given[-1, -_PADDED:] = 0
-    feeds = {port.name: _values(port, given, past) for port in session.get_inputs()}
+    feeds = {port.name: _values(port.name, given, past) for port in session.get_inputs()}
     (found,) = session.run(None, feeds)
     queries, keys = np.arange(past, past + tokens), np.arange(past + tokens)
     wanted = (keys <= queries[:, None]) & given[:, None, None, :].astype(bool)
@@ -68,13 +56,13 @@ def _agrees(session: ort.InferenceSession, rows: int, past: int, tokens: int) ->
     return found.shape == wanted.shape and bool((found == wanted)[:, 0][read].all())
 
 
-def _values(port: Any, given: Array, past: int) -> Array:
+def _values(name: str, given: Array, past: int) -> Array:
     rows, tokens = len(given), given.shape[1] - past
-    if port.name == "attention_mask":
+    if name == "attention_mask":
         return given
-    if port.name == "position_ids":
+    if name == "position_ids":
         places: Array = np.maximum(given.cumsum(1) - 1, 0)
         return places[:, past:]
-    if port.name == "input_ids":
+    if name == "input_ids":
         return np.zeros((rows, tokens), np.int64)
-    return np.zeros((rows, 1, past, 1), np.float16 if "float16" in port.type else np.float32)
+    return np.zeros((rows, 1, past, 1), np.float32)

@@ -142,7 +142,8 @@ class OrtModel:
         if self._is_right and (problem := padding_problem(feeds)):
             raise BackendError(
                 f"{self.path.name} takes rows that are padded on the right only, in a prompt",
-                "pad on the right, or capture the checkpoint with --runtime portable (runtime='portable')",
+                "pad on the right, and count each row's tokens; or capture the checkpoint with --runtime "
+                "portable (runtime='portable')",
                 [problem],
             )
         return [(name, _as_bound(value)) for name, value in feeds.items()]

@@ -5,7 +5,8 @@
 1. a prompt's row begins with a token and has its padding at the end;
 2. behind a past, all new tokens are the row's own, and the first token of the past is;
 3. several new tokens behind a past are for one row (ONNX Runtime refuses more);
-4. the mask has ones and zeros, as it is added up.
+4. the mask has ones and zeros, as it is added up;
+5. positions count a row's tokens, as the operator does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from lora_export.adapter import Array
 
-_MASK, _IDS = "attention_mask", "input_ids"
+_MASK, _IDS, _POSITIONS = "attention_mask", "input_ids", "position_ids"
 
 
 def padding_problem(feeds: Mapping[str, Any]) -> str:
@@ -35,15 +36,20 @@ def padding_problem(feeds: Mapping[str, Any]) -> str:
         return f"{_MASK}: other numbers than 0 and 1"  # rule 4
     if not mask[:, 0].all():
         return f"{_MASK}: row {_first(mask[:, 0] == 0)} does not begin with a token, but padding"
-    if past <= 0:
-        gaps: Array = np.any(np.diff(mask.astype(np.int8), axis=1) > 0, axis=1)
-        return f"{_MASK}: row {_first(gaps)} has padding between its tokens" if gaps.any() else ""
+    gaps: Array = np.any(np.diff(mask.astype(np.int8), axis=1) > 0, axis=1)
     padded: Array = np.any(mask[:, past:] == 0, axis=1)
-    if padded.any():
+    if past <= 0 and gaps.any():
+        return f"{_MASK}: row {_first(gaps)} has padding between its tokens"
+    if past > 0 and padded.any():
         return f"{_MASK}: a new token of row {_first(padded)} is padding, behind a past"
-    if tokens > 1 and len(mask) > 1:
+    if past > 0 and tokens > 1 and len(mask) > 1:
         return f"{_IDS}: {tokens} new tokens of {len(mask)} rows behind a past; the graph takes one of each"
-    return ""
+    positions = _on_host(feeds.get(_POSITIONS))
+    if positions is None or positions.shape != (len(mask), tokens):
+        return ""
+    counted = mask.cumsum(1) - 1
+    others: Array = np.any((counted[:, past:] != positions) & (mask[:, past:] == 1), axis=1)
+    return f"{_POSITIONS}: those of row {_first(others)} do not count its tokens" if others.any() else ""
 
 
 def _on_host(value: Any) -> Array | None:
