@@ -59,9 +59,11 @@ def capture_onnx(
     Args:
         checkpoint: Folder that ``save_pretrained`` wrote: of a model of transformers or diffusers, or of a
             pipeline of diffusers.
-        output: The ``.onnx`` file to write; of a pipeline, the folder.
+        output: The ``.onnx`` file to write; of a pipeline, or an encoder–decoder with ``kv_cache``, the
+            folder.
         dtype: Dtype of weights, inputs and outputs: ``float32``, ``float16`` or ``bfloat16``.
-        kv_cache: Make keys and values of past tokens inputs and outputs; for decoders.
+        kv_cache: Make keys and values of past tokens inputs and outputs; of an encoder–decoder, write two
+            graphs.
         trace: ``loaded`` traces the model with its weights; ``outline`` traces a layer of each kind without
             weights, so that a model larger than memory can be captured; ``auto`` is ``outline`` wherever that
             is possible.

@@ -8,9 +8,11 @@ import numpy as np
 import onnx
 import pytest
 import tiny
+import transformers
 from safetensors.numpy import load_file
 
-from lora_export import GraphError, merge_onnx, swap_onnx, verify
+from lora_export import CheckpointError, GraphError, merge_onnx, swap_onnx, verify
+from lora_export.base.capture.capture import capture_checkpoint
 from lora_export.cli import _run
 from lora_export.graph.captured import Captured
 from lora_export.graph.proof import Proof
@@ -157,4 +159,58 @@ def test_what_two_graphs_do_not_have_is_refused(output, tmp_path, capsys):
     arguments = ["capture-onnx", str(halves.checkpoint("t5")), "--kv-cache", *more]
     assert _run([*arguments, "-o", str(tmp_path / output)], False) == 1
     assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["merge-onnx", "swap-onnx"])
+def test_one_graph_is_no_output_of_two(verb, tmp_path, capsys):
+    given = ["--base", str(halves.checkpoint("t5")), "--adapter", str(halves.adapter("t5"))]
+    assert _run([verb, *given, "--kv-cache", "-o", str(tmp_path / "m.onnx")], False) == 1
+    said = capsys.readouterr().err
+    assert "becomes two graphs with --kv-cache, an encoder's and a decoder's, and the output" in said
+    assert f"give a folder: -o {tmp_path / 'm'}" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_target_modules_are_refused_for_two_graphs(tmp_path, capsys):
+    given = ["--base", str(halves.checkpoint("t5")), "--target-modules", "q", "--kv-cache"]
+    assert _run(["swap-onnx", *given, "-o", str(tmp_path / "m")], False) == 1
+    assert "for which there is no --target-modules" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["merge-onnx", "swap-onnx"])
+def test_a_module_that_neither_graph_has_is_refused_before_a_capture(verb, tmp_path, capsys):
+    given = ["--base", str(halves.checkpoint("t5")), "--adapter", str(halves.adapter("bart"))]
+    assert _run([verb, *given, "--kv-cache", "-o", str(tmp_path / "m")], False) == 1
+    assert "bart-adapter" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bank_of_two_graphs_is_refused(tmp_path, capsys):
+    given = ["--base", str(halves.checkpoint("t5")), "--adapter", f"a={halves.adapter('t5')}"]
+    assert _run(["bank-onnx", *given, "--kv-cache", "-o", str(tmp_path / "m.onnx")], False) == 1
+    said = capsys.readouterr().err
+    assert "leave out --kv-cache" in said
+    assert "bank-onnx writes one" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_decoder_that_generates_nothing_is_one_model_without_a_cache(tmp_path, capsys):
+    kind, settings = "BartModel", halves.KINDS["bart"][1]
+    model_class = getattr(transformers, kind)
+    with tiny.quiet():
+        model_class(model_class.config_class(**settings)).save_pretrained(tmp_path / "checkpoint")
+    arguments = [str(tmp_path / "checkpoint"), "--kv-cache", "-o", str(tmp_path / "m.onnx")]
+    assert _run(["capture-onnx", *arguments], False) == 1
+    said = capsys.readouterr().err
+    assert kind in said
+    assert "leave out --kv-cache" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_half_of_a_model_that_has_none_is_refused(part, tmp_path):
+    with pytest.raises(CheckpointError, match="no key-value cache of an encoder and a decoder"):
+        capture_checkpoint(tiny.checkpoint("bert"), tmp_path / "m.onnx", part=part)
     assert not list(tmp_path.iterdir())
