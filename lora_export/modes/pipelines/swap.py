@@ -29,7 +29,7 @@ from lora_export.modes.pipelines.folder import check_output, write_folder
 from lora_export.modes.pipelines.halves import refused_options
 from lora_export.plan import Plan
 from lora_export.sites.resolve import Resolver
-from lora_export.sites.target import targets_of
+from lora_export.sites.target import BaseWeights, Target, targets_of
 from lora_export.storage.hashes import hash_file
 from lora_export.storage.manifest import Manifest, adapter_entry
 from lora_export.storage.outputs import refuse_existing
@@ -131,13 +131,22 @@ class _Division:
 
     def share(self, opened: Base) -> Share:
         """Return what goes into a graph, and the paths of what is in the other one alone."""
-        resolver = Resolver(opened.graph, opened.weight_of, branches=True)
+        weight_of = opened.weight_of
+        resolver = Resolver(opened.graph, weight_of, branches=True)
+        # A graph of ours has its names, and a search by value for what it lacks takes minutes.
+        by_name = Resolver(opened.graph, None, branches=True)
         parts, elsewhere, taken = [], dict[str, None](), []
         for number, given in enumerate(self.adapters):
             adapter = fitted(given, resolver.known, [])
             targets = targets_of(adapter)
-            _, misses = resolver.resolve(targets, adapter.flattened, adapter.scope)
-            absent = {miss.target.path for miss in misses if miss.kind in _ABSENT}
+            _, misses = by_name.resolve(targets, adapter.flattened, adapter.scope)
+            lost = [miss.target for miss in misses if miss.kind in _ABSENT]
+            # Of tied weights the graph has one name.
+            if tied := _tied(lost, adapter, weight_of):
+                _, misses = resolver.resolve(tied, adapter.flattened, adapter.scope)
+                lost = [target for target in lost if target not in tied]
+                lost += [miss.target for miss in misses if miss.kind in _ABSENT]
+            absent = {target.path for target in lost}
             own = {target.path for target in targets} - absent
             if self.taken is not None:  # rule 2
                 absent &= self.taken[number]
@@ -149,6 +158,13 @@ class _Division:
         if self.taken is None:
             self.taken = taken
         return parts, tuple(elsewhere)
+
+
+def _tied(targets: Sequence[Target], adapter: Adapter, weight_of: BaseWeights | None) -> list[Target]:
+    if weight_of is None or not targets:
+        return []
+    stored = weight_of.for_adapter([target.named for target in targets], adapter.flattened, adapter.scope)
+    return [target for target in targets if stored.is_tied(target)]
 
 
 def _part(adapter: Adapter, paths: set[str]) -> Adapter:
