@@ -15,12 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.capture.export import require
+from lora_export.base.checkpoint.checkpoint import Checkpoint, read_config
+from lora_export.base.checkpoint.own_code import model_class
+from lora_export.base.checkpoint.quantised import refuse_packed
 from lora_export.base.history.history import MANIFEST
 from lora_export.base.kinds import DIFFUSERS
-from lora_export.base.parts import Part
+from lora_export.base.parts import HALVES, Part
 from lora_export.base.pipeline import INDEX
-from lora_export.errors import CheckpointError, LoraExportError
+from lora_export.errors import CheckpointError, LoraExportError, OutputError
 from lora_export.storage.inputs import note_inputs
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import seen
@@ -33,17 +36,20 @@ _DOWNLOAD = "download the pipeline again, or save it with save_pretrained"
 # Ends of files that hold weights, and of code.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
 # Documents of tokenizers, schedulers and processors.
-_DOCUMENTS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_DOCUMENTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe")
+# The list of a model's shards is not one of its small files.
+_SHARDS = ".index.json"
+_GRAPH = "model.onnx"
 # Tokenizers of large vocabularies have 30 MB.
 _COPIED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class PipelineGraph:
-    """A graph that a pipeline becomes.
+    """A graph that a folder becomes one of several of.
 
     Attributes:
-        name: Its folder in the output.
+        name: Its folder in the output, or, of a half of one model, its file without the ending.
         component: Component of the pipeline that it is made from.
         folder: The component's folder.
         part: Use of the model, if its graph differs for it.
@@ -55,6 +61,11 @@ class PipelineGraph:
     part: Part = ""
 
     @property
+    def file(self) -> Path:
+        """Its path in the output."""
+        return Path(f"{self.name}.onnx") if self.part in HALVES else Path(self.name, _GRAPH)
+
+    @property
     def takes_adapters(self) -> bool:
         """True if an adapter for the component changes this graph: trainers leave autoencoders alone."""
         return self.component != _VAE
@@ -62,11 +73,11 @@ class PipelineGraph:
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """A pipeline's folder.
+    """A folder of which several graphs are made: a pipeline's, or an encoder–decoder's.
 
     Attributes:
         folder: The folder.
-        index: Its ``model_index.json``, without the components that are left out.
+        index: Its ``model_index.json``, without the components that are left out; empty if it is one model.
         graphs: The graphs that it becomes.
         copied: Files that are copied, by their paths in the pipeline.
         notes: Notes on what is left out.
@@ -79,16 +90,106 @@ class Pipeline:
     notes: tuple[str, ...] = ()
 
     @property
+    def described(self) -> str:
+        """Sentence on why it is not one graph."""
+        if self.index:
+            return f"{self.folder} is a pipeline of several models"
+        return f"{self.folder} becomes two graphs with --kv-cache, an encoder's and a decoder's"
+
+    def refuse_options(self, flags: Mapping[str, bool]) -> None:
+        """Raise `OutputError` if options are given that several graphs don't have.
+
+        Args:
+            flags: Option → whether it is given.
+        """
+        given = " and ".join(flag for flag, is_given in flags.items() if is_given)
+        if given:
+            other = "give the folder of one of its models" if self.index else "--kv-cache"
+            raise OutputError(f"{self.described}, for which there is no {given}", f"omit {given}, or {other}")
+
+    @property
     def components(self) -> dict[str, Path]:
         """Component that adapters may be for → its folder."""
         return {graph.component: graph.folder for graph in self.graphs if graph.takes_adapters}
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Name of each graph → its path in the output."""
+        return {graph.name: graph.file.as_posix() for graph in self.graphs}
 
     @property
     def files(self) -> list[Path]:
         """All files that are read, but the weights' of components that are left out."""
         folders = dict.fromkeys(graph.folder for graph in self.graphs)
         own = [path for folder in folders for path in listed(folder) if is_file(path)]
-        return [self.folder / INDEX, *own, *(self.folder / path for path in self.copied)]
+        index = [self.folder / INDEX] if self.index else []
+        return list(dict.fromkeys([*index, *own, *(self.folder / path for path in self.copied)]))
+
+
+def open_several(folder: Path, kv_cache: bool) -> Pipeline | None:
+    """Return the graphs of a folder that becomes several; None if it becomes one.
+
+    Args:
+        folder: A pipeline of diffusers, or another folder or file.
+        kv_cache: True if an encoder–decoder is captured with its cache, as two graphs.
+
+    Raises:
+        CheckpointError: As `open_pipeline`.
+        BackendUnavailable: torch or transformers is missing.
+    """
+    if is_pipeline(folder):
+        return open_pipeline(folder)
+    return open_halves(folder, kv_cache)
+
+
+def open_halves(folder: Path, kv_cache: bool) -> Pipeline | None:
+    """Return the graphs of an encoder–decoder that generates text; None if a folder becomes one.
+
+    Args:
+        folder: A folder, or a file.
+        kv_cache: True if it is captured with its cache.
+
+    Raises:
+        CheckpointError: The folder can't be read.
+        BackendUnavailable: torch or transformers is missing.
+    """
+    return _halves(folder) if kv_cache and is_folder(folder) and _has_halves(folder) else None
+
+
+def _has_halves(folder: Path) -> bool:
+    """Return whether a folder is that of an encoder–decoder that generates text."""
+    config = read_config(folder)
+    names = config.get("architectures")
+    if config.get("is_encoder_decoder") is not True or not isinstance(names, list):
+        return False
+    require("torch", "transformers")
+    return any(_generates(name) for name in names if isinstance(name, str))
+
+
+def _generates(name: str) -> bool:
+    try:
+        kind = model_class(name)
+    except ImportError:  # of a package that the class needs: said when it is loaded
+        return False
+    return kind is not None and bool(kind.can_generate())
+
+
+def _halves(folder: Path) -> Pipeline:
+    refuse_packed(folder)
+    files = [
+        path.relative_to(folder)
+        for path in _seen_files(folder)
+        if path.suffix in _DOCUMENTS
+        and not path.name.endswith(_SHARDS)
+        and path.name != MANIFEST
+        and path.stat().st_size <= _COPIED_BYTES
+    ]
+    halves: tuple[Part, ...] = ("encoder", "decoder")
+    graphs = tuple(PipelineGraph(f"{half}_model", "", folder, half) for half in halves)
+    pipeline = Pipeline(folder=folder, index={}, graphs=graphs, copied=tuple(files))
+    refuse_links(folder, pipeline.files, CheckpointError)
+    note_inputs(pipeline.files)
+    return pipeline
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -190,7 +291,7 @@ class _Reading:
 
     def _copy(self, name: str, place: Path) -> None:
         """Keep the files of a component without weights: a tokenizer, a scheduler."""
-        files = [path for path in listed(place) if is_file(path) and not path.name.startswith(".")]
+        files = _seen_files(place)
         if any(path.suffix in _WEIGHTS for path in files):
             self.left_out.append(name)
             return
@@ -199,6 +300,10 @@ class _Reading:
         # Code is not needed for a class of a library, and nobody should be asked to run it.
         self.copied += [path.relative_to(self.folder) for path in files if path.suffix in _DOCUMENTS]
         self.not_copied += [f"{name}/{path.name}" for path in files if path.suffix not in _DOCUMENTS]
+
+
+def _seen_files(folder: Path) -> list[Path]:
+    return [path for path in listed(folder) if is_file(path) and not path.name.startswith(".")]
 
 
 def _damaged(graphs: list[PipelineGraph]) -> Iterator[str]:

@@ -23,6 +23,7 @@ from lora_export.sites.grouped import grouped_dora
 from lora_export.sites.kinds import as_seen
 from lora_export.sites.matrices import embedding_of, linear_of
 
+_ABSENT = ("not exposed", "not found")
 _UNKNOWN = Refusal("not found", "the graph has no parameter of this name")
 _UNREAD = Refusal("merge only", "replaces the whole parameter, whose values in the base can't be told")
 _REPLACED = Refusal("merge only", "replaces the whole parameter, which the graph keeps as a constant")
@@ -84,7 +85,7 @@ class Matches:
 
     Attributes:
         pairings: Modules with a site.
-        unchanged: Whole parameters that the base holds already.
+        unchanged: Whole parameters that the base holds already, and what the other graph of the model has.
         refused: Plan rows of parameters without a site, with the reason.
         notes: Assumptions.
         hints: Hints for parameters without a site that are more exact than those of the refusal's kind.
@@ -96,11 +97,30 @@ class Matches:
     notes: list[str] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
 
+    def elsewhere(self, adapter: str, parameter: str, tensors: Sequence[str]) -> None:
+        """Add a parameter that the other graph of the model exposes."""
+        self.unchanged.append(
+            PlanRow(
+                adapter=adapter,
+                parameter=parameter,
+                tensors=tuple(tensors),
+                action="elsewhere",
+                reason="the other graph of the model has it",
+            )
+        )
+
     def refuse(self, adapter: str, parameter: str, tensors: Sequence[str], refusal: Refusal) -> None:
         """Add a parameter without a site."""
         self.refused.append(PlanRow.refused(adapter, parameter, tensors, refusal))
         if refusal.hint and refusal.hint not in self.hints:
             self.hints.append(refusal.hint)
+
+
+def is_elsewhere(path: str, exposed: LoraRecord) -> bool:
+    """Return whether a module of an adapter is one that the other graph of the model exposes."""
+    return any(
+        f".{path}".endswith(f".{other}") or f".{other}".endswith(f".{path}") for other in exposed.elsewhere
+    )
 
 
 def match_modules(adapter: Adapter, exposed: LoraRecord, where: str, weight_of: WeightOf | None) -> Matches:
@@ -140,13 +160,16 @@ def match_modules(adapter: Adapter, exposed: LoraRecord, where: str, weight_of: 
             lora = _as_exposed(lora, place.module)
             place = _misfit(lora, place) or place
         if isinstance(place, Refusal):
-            _refuse_module(adapter, lora, place, found)
+            if place.kind in _ABSENT and is_elsewhere(lora.path, exposed):
+                found.elsewhere(adapter.name, key, lora.tensor_names)
+            else:
+                _refuse_module(adapter, lora, place, found)
             continue
         if lora.lora_bias is not None and (reason := _no_bias(lora, place.module)):
             found.refuse(adapter.name, f"{lora.path}.bias", lora.bias_tensors, reason)
             lora = replace(lora, lora_bias=None, tensor_names=lora.weight_tensors)
         found.pairings.append(Pairing(lora=lora, module=place.module, member=place.member, how=place.how))
-    _place_replaced(adapter, finder, found, weight_of)
+    _place_replaced(adapter, finder, found, weight_of, exposed=exposed)
     _drop_conflicts(adapter, found)
     return found
 
@@ -279,7 +302,14 @@ def _refuse_module(adapter: Adapter, lora: LoraModule, refusal: Refusal, found: 
         found.refuse(adapter.name, key, tensors, refusal)
 
 
-def _place_replaced(adapter: Adapter, finder: SiteFinder, found: Matches, weight_of: WeightOf | None) -> None:
+def _place_replaced(
+    adapter: Adapter,
+    finder: SiteFinder,
+    found: Matches,
+    weight_of: WeightOf | None,
+    *,
+    exposed: LoraRecord,
+) -> None:
     """Pair whole parameters; weights first, because a bias needs its module's pairing.
 
     PEFT saves whole embeddings together with LoRA on them; untrained ones change nothing.
@@ -297,6 +327,9 @@ def _place_replaced(adapter: Adapter, finder: SiteFinder, found: Matches, weight
                     adapter=adapter.name, parameter=key, tensors=tensors, action="unchanged", reason=reason
                 )
             )
+            continue
+        if isinstance(place, Refusal) and is_elsewhere(path, exposed):
+            found.elsewhere(adapter.name, key, tensors)
             continue
         refusal = _replace_one(found, place, key=key, values=values, weight_of=weight_of, tensors=tensors)
         if refusal:

@@ -25,7 +25,8 @@ _PATH = click.Path(path_type=Path)
     "--output",
     required=True,
     type=_PATH,
-    help="The .onnx file to write; of a diffusers pipeline, the folder of its graphs.",
+    help="The .onnx file to write; of a diffusers pipeline, or an encoder–decoder with --kv-cache, the "
+    "folder of its graphs.",
 )
 @click.option(
     "--dtype",
@@ -35,7 +36,10 @@ _PATH = click.Path(path_type=Path)
     help="Type of weights, inputs and outputs.",
 )
 @click.option(
-    "--kv-cache", is_flag=True, help="Add the keys and values of past tokens as inputs and outputs."
+    "--kv-cache",
+    is_flag=True,
+    help="Add the keys and values of past tokens as inputs and outputs; of an encoder–decoder, write two "
+    "graphs.",
 )
 @click.option(
     "--trace",
@@ -77,7 +81,8 @@ def capture_onnx(
     """Write the graph of CHECKPOINT, a folder that save_pretrained wrote, as OUT.onnx and OUT.onnx.data.
 
     CHECKPOINT is a model of transformers or diffusers, or a pipeline of diffusers, of which OUT becomes a
-    folder: OUT/unet/model.onnx, OUT/vae_decoder/model.onnx, … as optimum's pipelines read it.
+    folder: OUT/unet/model.onnx, OUT/vae_decoder/model.onnx, … as optimum's pipelines read it. Of an
+    encoder–decoder with --kv-cache, OUT becomes a folder with encoder_model.onnx and decoder_model.onnx.
 
     merge-onnx, swap-onnx and bank-onnx also capture a folder themselves. Capture it once, and each of them
     takes seconds; with --share-base their graphs then use one copy of the weights. To merge into float16 or

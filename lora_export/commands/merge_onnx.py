@@ -38,7 +38,8 @@ _PATH = click.Path(path_type=Path)
     "--output",
     required=True,
     type=_PATH,
-    help="The .onnx file to write; of a diffusers pipeline, the folder of its graphs.",
+    help="The .onnx file to write; of a diffusers pipeline, or an encoder–decoder with --kv-cache, the "
+    "folder of its graphs.",
 )
 @checkpoint_options
 @capture_options

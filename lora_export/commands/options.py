@@ -84,7 +84,8 @@ _CAPTURE_OPTIONS = [
     click.option(
         "--kv-cache",
         is_flag=True,
-        help="Capture a checkpoint folder with its key-value cache, to generate text.",
+        help="Capture a checkpoint folder with its key-value cache, to generate text; an encoder–decoder "
+        "becomes a folder of two graphs.",
     ),
     click.option(
         "--fused",

@@ -211,6 +211,7 @@ class LoraRecord:
         merged: Record of the merges into its weights, see `base.in_graph`.
         landmarks: Parameters of the base that show its kind of model (`sites.towers`): the graph itself may
             have lost their names, and an engine has none.
+        elsewhere: Paths of modules that the other graph of the same model exposes, and this one lacks.
     """
 
     mode: Mode
@@ -225,6 +226,7 @@ class LoraRecord:
     batch_input: str = ""
     merged: str = ""
     landmarks: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
     format: int = field(default=FORMAT)
 
     def members(self) -> Iterator[tuple[ExposedModule, Member]]:

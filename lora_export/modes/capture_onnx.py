@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from lora_export.base.capture.capture import Trace, capture_checkpoint
 from lora_export.base.checkpoint.quantised import refuse_packed
 from lora_export.base.lowering import Runtime
 from lora_export.base.open_base import output_paths
-from lora_export.base.pipeline_graphs import is_pipeline
+from lora_export.base.pipeline_graphs import open_several
 from lora_export.base.reads import files_read
 from lora_export.errors import OutputError
 from lora_export.graph.onnx_file import load_graph
@@ -61,9 +61,11 @@ def capture_onnx(
     Args:
         checkpoint: Folder that ``save_pretrained`` wrote: of a model of transformers or diffusers, or of a
             pipeline of diffusers.
-        output: The ``.onnx`` file to write; of a pipeline, the folder.
+        output: The ``.onnx`` file to write; of a pipeline, or an encoder–decoder with ``kv_cache``, the
+            folder.
         dtype: Dtype of weights, inputs and outputs: ``float32``, ``float16`` or ``bfloat16``.
-        kv_cache: Make keys and values of past tokens inputs and outputs; for decoders.
+        kv_cache: Make keys and values of past tokens inputs and outputs; of an encoder–decoder, write two
+            graphs.
         trace: ``loaded`` traces the model with its weights; ``outline`` traces a layer of each kind without
             weights, so that a model larger than memory can be captured; ``auto`` is ``outline`` wherever that
             is possible.
@@ -124,11 +126,14 @@ def capture(
     if choice is not None and share_base:
         raise _codes_are_new()
     graph = Path(output)
-    if is_pipeline(Path(checkpoint)):
-        given = {"--kv-cache": kv_cache, "--fused": fused, "--share-base": share_base}
-        given |= {"--runtime": runtime != "portable", "--quantize": choice is not None}
-        _refuse_options(Path(checkpoint), given | {"--trace outline": trace == "outline"})
-        written = capture_pipeline(Path(checkpoint), graph, dtype, force=force, proven=twin)
+    pipeline = open_several(Path(checkpoint), kv_cache)
+    if pipeline is not None:
+        given = {"--share-base": share_base, "--quantize": choice is not None}
+        if pipeline.index:
+            given |= {"--kv-cache": kv_cache, "--fused": fused}
+        given |= {"--runtime": runtime != "portable"}
+        pipeline.refuse_options(given | {"--trace outline": trace == "outline"})
+        written = capture_pipeline(pipeline, graph, dtype, fused=fused, force=force, proven=twin)
         return CaptureReport(written)
     paths = output_paths(graph)
     if choice is None:
@@ -204,13 +209,3 @@ def _codes_are_new() -> OutputError:
         "codes are new bytes, which the checkpoint's files don't hold",
         "omit --share-base, or capture without --quantize",
     )
-
-
-def _refuse_options(pipeline: Path, flags: Mapping[str, bool]) -> None:
-    """Refuse options for one model of transformers."""
-    given = " and ".join(flag for flag, is_given in flags.items() if is_given)
-    if given:
-        raise OutputError(
-            f"{pipeline} is a pipeline of several models, for which there is no {given}",
-            f"omit {given}, or give the folder of one of its models",
-        )

@@ -213,9 +213,7 @@ def test_other_decoders(kind, tmp_path):
     assert ("position_ids" in inputs) == ("position_ids" in inspect.signature(model.forward).parameters)
 
 
-@pytest.mark.parametrize(
-    "arch", [pytest.param(a, marks=pytest.mark.xdist_group(a)) for a in ("bert", "t5", "vit")]
-)
+@pytest.mark.parametrize("arch", [pytest.param(a, marks=pytest.mark.xdist_group(a)) for a in ("bert", "vit")])
 def test_models_without_a_cache_are_refused(arch, tmp_path, capsys):
     arguments = ["--base", str(tiny.checkpoint(arch)), "--adapter", str(tiny.adapter(arch)), "--kv-cache"]
     assert _run(["swap-onnx", *arguments, "-o", str(tmp_path / "m.onnx")], False) == 1

@@ -318,6 +318,8 @@ def _plain(value: Any, depth: int = 0) -> Iterator[str | bytes]:
         yield f"{type(value).__module__}.{type(value).__qualname__}"
     elif inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, functools.partial):
         yield from _code(value, depth)
+    elif isinstance(value, types.ModuleType):
+        yield value.__name__
     elif isinstance(value, type):
         yield f"{value.__module__}.{value.__qualname__}"
     else:

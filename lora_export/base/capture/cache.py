@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_export.base.capture.traced import Traced
 from lora_export.errors import CheckpointError
 from lora_export.graph.captured import BATCH, PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE
 
@@ -28,23 +28,7 @@ if TYPE_CHECKING:
 
 _PAST = 5  # Tokens in the example's cache: a size that no other dimension of the example has.
 _LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
-
-
-@dataclass(frozen=True)
-class CachedDecoder:
-    """Arguments of `export.trace_module` for a decoder with a cache.
-
-    Attributes:
-        inputs: Example inputs by parameter.
-        shapes: Dynamic dimensions of the inputs.
-        input_names: Names of the graph's inputs.
-        output_names: Names of the graph's outputs.
-    """
-
-    inputs: dict[str, Any]
-    shapes: dict[str, Any]
-    input_names: list[str]
-    output_names: list[str]
+_LEAVE_OUT = "leave out --kv-cache (kv_cache=True)"
 
 
 def switch_cache(model: Any, used: bool) -> None:
@@ -61,9 +45,7 @@ def switch_cache(model: Any, used: bool) -> None:
         config.use_cache = used
 
 
-def with_cache(
-    model: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any], where: str
-) -> CachedDecoder:
+def with_cache(model: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any], where: str) -> Traced:
     """Make a model read and return its cache as a flat list of tensors.
 
     Args:
@@ -90,11 +72,12 @@ def with_cache(
     _replace_forward(model, names)
     example["past"] = past
     layers = [f"{number}.{part}" for number in range(len(past)) for part in ("key", "value")]
-    return CachedDecoder(
-        example,
-        _shapes(example),
-        names + [f"past_key_values.{layer}" for layer in layers],
-        ["logits", *(f"present.{layer}" for layer in layers)],
+    return Traced(
+        inputs=example,
+        shapes=_shapes(example),
+        input_names=names + [f"past_key_values.{layer}" for layer in layers],
+        output_names=["logits", *(f"present.{layer}" for layer in layers)],
+        has_cache=True,
     )
 
 
@@ -106,25 +89,51 @@ def _empty_past(
     if cache is None:
         raise CheckpointError(
             f"{where}: {kind} has no key-value cache",
-            "only decoders that generate text have one: leave out --kv-cache (kv_cache=True)",
+            f"only decoders that generate text have one: {_LEAVE_OUT}",
         )
-    if logits is None or logits.shape[:2] != inputs["input_ids"].shape:
+    refuse_other_logits(logits, inputs["input_ids"], kind, where)
+    return [(past_zeros(layer.keys), past_zeros(layer.values)) for layer in plain_layers(cache, kind, where)]
+
+
+def refuse_other_logits(logits: torch.Tensor | None, ids: torch.Tensor, kind: str, where: str) -> None:
+    """Raise `CheckpointError` if a model with a cache does not score each token.
+
+    Args:
+        logits: Its scores, if there are any.
+        ids: Its tokens.
+        kind: Its class.
+        where: The folder, for messages.
+    """
+    if logits is None or logits.shape[:2] != ids.shape:
         raise CheckpointError(
-            f"{where}: {kind} has a key-value cache, but no logits for each token to go on from",
-            "leave out --kv-cache (kv_cache=True)",
+            f"{where}: {kind} has a key-value cache, but no logits for each token to go on from", _LEAVE_OUT
         )
-    layers = getattr(cache, "layers", [])
+
+
+def plain_layers(cache: Any, kind: str, where: str) -> list[Any]:
+    """Return the layers of a cache that holds keys and values and nothing else.
+
+    Args:
+        cache: The cache.
+        kind: Class of the model.
+        where: The folder, for messages.
+
+    Raises:
+        CheckpointError: The cache holds another state.
+    """
+    layers = list(getattr(cache, "layers", ()))
     others = sorted({type(layer).__name__ for layer in layers} - set(_LAYERS))
     if others or not layers:
         raise CheckpointError(
             f"{where}: {kind} keeps a state that is more than keys and values "
             f"({', '.join(others) or type(cache).__name__})",
-            "leave out --kv-cache (kv_cache=True), or build the graph with onnxruntime-genai's builder",
+            f"{_LEAVE_OUT}, or build the graph with onnxruntime-genai's builder",
         )
-    return [(_zeros(layer.keys), _zeros(layer.values)) for layer in layers]
+    return layers
 
 
-def _zeros(state: torch.Tensor) -> torch.Tensor:
+def past_zeros(state: torch.Tensor) -> torch.Tensor:
+    """Return zeros in the shape of a layer's keys or values, for the example's past tokens."""
     import torch
 
     batch, heads, _, size = state.shape

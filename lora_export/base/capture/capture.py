@@ -32,16 +32,17 @@ from lora_export.base.capture.loading import (
     look_at,
     refuse_lost,
 )
-from lora_export.base.capture.prepared import Traced, prepare
+from lora_export.base.capture.prepared import prepare
 from lora_export.base.capture.prove import is_own_twin, not_proven, prove_by_twin, prove_model
 from lora_export.base.capture.timestep import spread_timestep
+from lora_export.base.capture.traced import Traced
 from lora_export.base.capture.without_weights import graph_without_weights
 from lora_export.base.checkpoint.checkpoint import Checkpoint, diffusers_class
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
 from lora_export.base.lowering import RUNTIMES, Runtime
 from lora_export.base.lowering.lower import lower_graph
-from lora_export.base.parts import Part
+from lora_export.base.parts import HALVES, Part
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph.captured import DTYPES, Captured
 from lora_export.graph.data_identity import mark_data
@@ -284,9 +285,9 @@ def _twin_proof(
         return proof
     if in_place and is_own_twin(path, way.dtype) and not way.replaced:
         return None
-    if loading is None or way.part:
+    if loading is None or (way.part and way.part not in HALVES):
         return Proof(of="nothing", reason="no small twin is made for a model of a pipeline")
-    return prove_by_twin(path, loading, way.dtype, beside=output.parent, capture=capture)
+    return prove_by_twin(path, loading, way.dtype, way.part, beside=output.parent, capture=capture)
 
 
 def _prove_saved(graph: ir.Model, output: Path, path: Path, way: Way) -> Proof:
@@ -306,7 +307,7 @@ def _with_history(graph: ir.Model, path: Path) -> ir.Model:
 def _loaded(path: Path, way: Way) -> tuple[ir.Model, Captured]:
     """Return the graph of a checkpoint's model with its weights in memory, and what it was captured from."""
     model, _ = load_model(path, way.dtype, way.replaced, way.part)
-    traced, captured = prepare(model, path, way.dtype, way.kv_cache, fused=way.fused)
+    traced, captured = prepare(model, path, way.dtype, way.kv_cache, fused=way.fused, part=way.part)
     graph = trace_module(
         model,
         traced.inputs,
@@ -318,7 +319,7 @@ def _loaded(path: Path, way: Way) -> tuple[ir.Model, Captured]:
     graph = finish(graph)
     if way.fused:
         fuse_nodes(graph)
-    if way.kv_cache:
+    if traced.has_cache:
         name_total(graph)
     if captured.kind == "denoiser":
         spread_timestep(graph)

@@ -6,7 +6,8 @@ What is compared depends on the graph's inputs, not on the kind of model:
   tokens (or of as many as the model has positions for, or blocks), because models may go another way from
   some length on;
 * with a mask: padding on the left and on the right;
-* with a cache: a prompt with rows of different lengths, and steps behind it that go on with the cache.
+* with a cache: a prompt with rows of different lengths, and steps behind it that go on with the cache;
+* of an encoder–decoder's halves: see `half_gap`.
 
 A graph whose record says that it takes padding on the right only is compared on that, with one token a step
 for several rows; the cache of a padded row is its own there, which the steps behind it read.
@@ -18,9 +19,10 @@ what PyTorch's own answers are away from those of the same weights in float64, w
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_export.base.capture.export import named_tensors, run_module
+from lora_export.base.capture.half_gap import (
+    DECODER_INPUTS,
+    decoder_answers,
+    decoder_runs,
+    encoder_answers,
+    is_start,
+)
+from lora_export.base.parts import Part
 from lora_export.errors import GraphError
 from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, SEQUENCE, Captured
 
@@ -93,7 +103,7 @@ class Gap:
             )
 
 
-def measure_gap(graph: Path, model: Any, kind: ModelKind, example: Feeds) -> Gap:
+def measure_gap(graph: Path, model: Any, kind: ModelKind, example: Feeds, *, part: Part = "") -> Gap:
     """Compare a graph with the model that it is of.
 
     Args:
@@ -101,6 +111,7 @@ def measure_gap(graph: Path, model: Any, kind: ModelKind, example: Feeds) -> Gap
         model: The model as transformers loads it, and never run before.
         kind: Its kind.
         example: Inputs that it runs with.
+        part: Use of the model, if its graph differs for it.
 
     Raises:
         GraphError: ONNX Runtime can't run the graph, or it has none of the model's outputs.
@@ -111,24 +122,33 @@ def measure_gap(graph: Path, model: Any, kind: ModelKind, example: Feeds) -> Gap
     has_cache = any(port.name.startswith(_PAST) for port in session.get_inputs())
     stated = Captured.from_metadata(session.get_modelmeta().custom_metadata_map)
     is_right = stated is not None and stated.padding == "right"
-    runs = list(
-        _cached_runs(kind, model, example, is_right) if has_cache else _plain_runs(kind, model, example)
-    )
+    ask: Callable[[Any, Sequence[Feeds]], Answers] = functools.partial(_of_module, has_cache=has_cache)
+    if part == "decoder":
+        runs, ask = [*decoder_runs(example), _long(kind, model, example)], decoder_answers
+    elif part == "encoder":
+        runs, ask = list(_plain_runs(kind, model, example)), encoder_answers
+    else:
+        runs = list(
+            _cached_runs(kind, model, example, is_right) if has_cache else _plain_runs(kind, model, example)
+        )
     # A run may change what a module does later: the second one begins as the first did.
     second = copy.deepcopy(model)
-    answers = [_of_module(model, runs, has_cache)]
-    answers.append(_of_graph(session, runs, answers[0], has_cache))
+    answers = [ask(model, runs)]
+    renamed = DECODER_INPUTS if part == "decoder" else {}
+    answers.append(_of_graph(session, runs, answers[0], has_cache, renamed=renamed))
     is_half = model.dtype.itemsize == 2
     exact = _EXACT_HALVES * torch.finfo(model.dtype).eps if is_half else _EXACT
     try:
         doubled = [_doubled(run) for run in runs] if kind.is_exact_in_float64 else []
-        answers.append(_of_module(second.double(), doubled, has_cache))
+        answers.append(ask(second.double(), doubled))
     except Exception:  # of the model's own code, some of which computes in one dtype only
         answers.append([])
+    # The decoder's tokens are none of those that are padded.
+    masks = [{} for _ in runs] if part == "decoder" else runs
     seen = [
         [
-            {name: _seen(value, run, is_right) for name, value in answer.items()}
-            for run, answer in zip(runs, found, strict=bool(found))
+            {name: _seen(value, mask, is_right) for name, value in answer.items()}
+            for mask, answer in zip(masks, found, strict=bool(found))
         ]
         for found in answers
     ]
@@ -262,6 +282,8 @@ def _cached_runs(kind: ModelKind, model: Any, example: Feeds, is_right: bool) ->
 
 def _is_prompt(run: Feeds) -> bool:
     """Return whether a run begins with an empty cache."""
+    if "decoder_input_ids" in run:
+        return is_start(run)
     return bool(run["attention_mask"].shape[1] == run["input_ids"].shape[1])
 
 
@@ -290,9 +312,22 @@ def _of_module(model: Any, runs: Sequence[Feeds], has_cache: bool) -> Answers:
 
 
 def _of_graph(
-    session: ort.InferenceSession, runs: Sequence[Feeds], expected: Answers, has_cache: bool
+    session: ort.InferenceSession,
+    runs: Sequence[Feeds],
+    expected: Answers,
+    has_cache: bool,
+    *,
+    renamed: Mapping[str, str],
 ) -> Answers:
-    """Return what ONNX Runtime answers where there is something to expect."""
+    """Return what ONNX Runtime answers where there is something to expect.
+
+    Args:
+        session: The graph.
+        runs: The runs.
+        expected: PyTorch's answers, with the encoder's keys and values for a decoder's half.
+        has_cache: True if runs go on behind those before them.
+        renamed: Input of the graph → name of it in the runs, where that is another one.
+    """
     import torch
 
     names = [port.name for port in session.get_outputs()]
@@ -306,10 +341,13 @@ def _of_graph(
             state = {}
         feeds = {}
         for port in session.get_inputs():
-            if port.name in run:
-                feeds[port.name] = run[port.name].numpy()
-            elif port.name.startswith(_PAST):
-                feeds[port.name] = state.get(port.name, _empty(port, len(run["input_ids"])))
+            name = renamed.get(port.name, port.name)
+            if name in run:
+                feeds[port.name] = run[name].numpy()
+            elif name in wanted:
+                feeds[port.name] = wanted[name].numpy()
+            elif name.startswith(_PAST):
+                feeds[name] = state.get(name, _empty(port, len(next(iter(run.values())))))
         try:
             answers = dict(zip(names, session.run(names, feeds), strict=True))
         except Exception as error:  # onnxruntime raises classes of its own

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.base.capture.attention import use_node
 from lora_export.base.capture.cache import switch_cache, with_cache
 from lora_export.base.capture.export import named_tensors, quiet, run_module, tensor_names
+from lora_export.base.capture.halves import describe_half, halve
 from lora_export.base.capture.loading import EXPORT_YOURSELF
+from lora_export.base.capture.traced import Traced
 from lora_export.base.capture.work import refuse_much_work
 from lora_export.base.kinds import kind_of
+from lora_export.base.parts import HALVES, Part
 from lora_export.errors import CheckpointError, GraphError
 from lora_export.graph.captured import PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE, Captured
 
@@ -23,27 +25,8 @@ if TYPE_CHECKING:
     from lora_export.base.kinds.model_kind import ModelKind
 
 
-@dataclass(frozen=True, kw_only=True)
-class Traced:
-    """Inputs, outputs and sizes with which a model is traced.
-
-    Attributes:
-        inputs: Example inputs.
-        shapes: Their dynamic dimensions.
-        output_names: Of the graph.
-        input_names: Of the graph; None: as the parameters of ``forward``.
-        has_cache: True if the key-value cache is among them.
-    """
-
-    inputs: Mapping[str, Any]
-    shapes: Mapping[str, Any]
-    output_names: list[str] | None
-    input_names: list[str] | None = None
-    has_cache: bool = False
-
-
 def prepare(
-    model: Any, path: Path, dtype: str, kv_cache: bool, *, fused: bool = False
+    model: Any, path: Path, dtype: str, kv_cache: bool, *, fused: bool = False, part: Part = ""
 ) -> tuple[Traced, Captured]:
     """Run a model on example inputs; have it attend in one node, and read and return its cache, if wanted.
 
@@ -53,6 +36,7 @@ def prepare(
         dtype: Dtype of its graph.
         kv_cache: True to make the cache inputs and outputs.
         fused: True to make attention one node.
+        part: Use of the model, if its graph differs for it.
 
     Returns:
         How it is traced, and the graph's record of it.
@@ -70,20 +54,15 @@ def prepare(
         if fused:
             switch_cache(model, False)
             use_node(model, inputs, path)
+        if part in HALVES:
+            captured = describe_half(model, kind, part, dtype)
+            return halve(model, kind, inputs, part=part, where=str(path)), captured
         outputs = _outputs(model, inputs)
         captured = _describe(model, kind, outputs, dtype=dtype, kv_cache=kv_cache)
         if not kv_cache:
             shapes = {name: _dynamic(kind, name, captured.smallest) for name in inputs}
             return Traced(inputs=inputs, shapes=shapes, output_names=_only_tensors(model, outputs)), captured
-        made = with_cache(model, inputs, outputs, str(path))
-    traced = Traced(
-        inputs=made.inputs,
-        shapes=made.shapes,
-        output_names=made.output_names,
-        input_names=made.input_names,
-        has_cache=True,
-    )
-    return traced, captured
+        return with_cache(model, inputs, outputs, str(path)), captured
 
 
 def _only_tensors(model: Any, outputs: Any) -> list[str] | None:

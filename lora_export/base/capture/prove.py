@@ -56,7 +56,7 @@ def prove_model(graph: Path, folder: Path, dtype: str, part: Part = "") -> Proof
         graph: The file that was written.
         folder: The model's folder.
         dtype: Dtype of the graph.
-        part: Use of the model in a pipeline, if its graph differs for it.
+        part: Use of the model, if its graph differs for it.
 
     Raises:
         GraphError: The graph answers otherwise.
@@ -66,13 +66,16 @@ def prove_model(graph: Path, folder: Path, dtype: str, part: Part = "") -> Proof
     return Proof(of="model", error=gap.error, limit=gap.limit, runs=gap.runs, dtype=dtype)
 
 
-def prove_by_twin(folder: Path, loading: Loading, dtype: str, beside: Path, capture: Capture) -> Proof:
+def prove_by_twin(
+    folder: Path, loading: Loading, dtype: str, part: Part, *, beside: Path, capture: Capture
+) -> Proof:
     """Capture a twin of a model and compare it; a proof of nothing where no twin can be made.
 
     Args:
         folder: The model's folder.
         loading: Its class and config.
         dtype: Dtype of the graph.
+        part: Use of the model, if its graph differs for it.
         beside: Folder in which the twin is made and removed again.
         capture: Captures a folder as the model will be.
 
@@ -98,7 +101,7 @@ def prove_by_twin(folder: Path, loading: Loading, dtype: str, beside: Path, capt
             return Proof(
                 of="nothing", reason=f"no small model of its config can be made ({first_line(error)})"
             )
-        gap = _compare(graph, twin, dtype)
+        gap = _compare(graph, twin, dtype, part)
     gap.refuse_large(f"a small twin of {folder}")
     return Proof(of="twin", error=gap.error, limit=gap.limit, runs=gap.runs, dtype=dtype)
 
@@ -106,7 +109,7 @@ def prove_by_twin(folder: Path, loading: Loading, dtype: str, beside: Path, capt
 def _compare(graph: Path, folder: Path, dtype: str, part: Part = "") -> Gap:
     model, _ = load_model(folder, dtype, part=part)
     with quiet():
-        return measure_gap(graph, model, known_kind(model, folder), example_inputs(model, folder))
+        return measure_gap(graph, model, known_kind(model, folder), example_inputs(model, folder), part=part)
 
 
 def _stacks(loading: Loading, folder: Path) -> Sequence[Stack]:

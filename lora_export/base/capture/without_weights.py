@@ -16,8 +16,8 @@ from lora_export.base.capture.export import quiet, share, simplify, trace_module
 from lora_export.base.capture.fuse import fuse_nodes
 from lora_export.base.capture.kept import Kept
 from lora_export.base.capture.outline import CannotStamp, Stack, build_outline, cut, find_stacks
-from lora_export.base.capture.prepared import Traced
 from lora_export.base.capture.stamp import stamp
+from lora_export.base.capture.traced import Traced
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.module_counts import few_modules
 from lora_export.base.checkpoint.names import StoredPart, loaded_parts

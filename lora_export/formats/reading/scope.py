@@ -31,7 +31,7 @@ def part_of(adapter: Adapter, component: str) -> Adapter:
     if name in components:
         mine = [key for key, module in adapter.modules.items() if module.component == name]
         others = [*adapter.extras, *adapter.token_rows]
-        kept = replace(_only(adapter, mine, others, f"not of {name!r}"), part=name)
+        kept = replace(only_some(adapter, mine, others, f"not of {name!r}"), part=name)
         return within_scope(kept, path) if path else kept
     if len(components) > 1 or path:
         raise unknown_component(adapter.name, name, components)
@@ -80,7 +80,7 @@ def within_scope(adapter: Adapter, scope: str) -> Adapter:
     others = [path for path in (*adapter.extras, *adapter.token_rows) if path.startswith(below)]
     if not modules and not others:
         return replace(adapter, scope=scope)
-    kept = _only(adapter, modules, others, f"not below {scope!r}")
+    kept = only_some(adapter, modules, others, f"not below {scope!r}")
     components = {module.component for module in adapter.modules.values()}
     front = adapter.part if adapter.part and adapter.part in components else ""
     return replace(kept, scope=scope, part=f"{front}:{below[:-1]}")
@@ -109,7 +109,7 @@ def _is_within(path: str, outer: str, flattened: bool) -> bool:
     return path == outer or path.startswith(outer + ("_" if flattened else "."))
 
 
-def _only(adapter: Adapter, modules: Iterable[str], others: Iterable[str], why: str) -> Adapter:
+def only_some(adapter: Adapter, modules: Iterable[str], others: Iterable[str], why: str) -> Adapter:
     """Return an adapter with some of its changes, and a note on the number of ignored ones.
 
     Args:

@@ -1,1 +1,1 @@
-"""Write a pipeline of diffusers as a folder of graphs."""
+"""Write a pipeline of diffusers, or the halves of an encoder–decoder, as a folder of graphs."""

@@ -1,4 +1,4 @@
-"""Write the graphs of a pipeline, without any adapter."""
+"""Write the graphs of a pipeline or of an encoder–decoder, without any adapter."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ from pathlib import Path
 
 from lora_export import __version__
 from lora_export.base.capture.capture import capture_checkpoint
-from lora_export.base.pipeline_graphs import PipelineGraph, open_pipeline
-from lora_export.modes.pipelines.folder import GRAPH, check_output, write_folder
+from lora_export.base.pipeline_graphs import Pipeline, PipelineGraph
+from lora_export.modes.pipelines.folder import check_output, write_folder
 from lora_export.plan import Plan
 from lora_export.storage.hashes import hash_file
 from lora_export.storage.manifest import Manifest
 
 
 def capture_pipeline(
-    folder: Path, output: Path, dtype: str, *, force: bool, proven: bool
+    pipeline: Pipeline, output: Path, dtype: str, *, fused: bool, force: bool, proven: bool
 ) -> tuple[Path, ...]:
     """Write a folder of graphs and return their paths.
 
     Args:
-        folder: Folder of a pipeline.
+        pipeline: The base.
         output: The folder to write.
         dtype: Dtype of weights, inputs and outputs.
+        fused: Write attention as one node.
         force: Replace a folder that an earlier run has written.
         proven: Compare each graph with PyTorch before it is written.
 
     Raises:
-        LoraExportError: As `capture.capture_checkpoint`; `CheckpointError` if the pipeline lacks a part;
-            `OutputError` if the folder exists or is named as a graph.
+        LoraExportError: As `capture.capture_checkpoint`; `OutputError` if the folder exists or is named as a
+            graph.
     """
-    pipeline = open_pipeline(folder)
     reads = pipeline.files
     check_output(pipeline, output, force=force, reads=reads)
 
     def write_graph(graph: PipelineGraph, path: Path) -> None:
-        capture_checkpoint(graph.folder, path, dtype=dtype, part=graph.part, proven=proven)
+        capture_checkpoint(graph.folder, path, dtype=dtype, part=graph.part, fused=fused, proven=proven)
 
     def manifest() -> Manifest:
         return Manifest(
@@ -43,9 +43,9 @@ def capture_pipeline(
             adapters=[],
             plan=Plan(notes=pipeline.notes).as_dict(),
             rounding={},
-            outputs={"graphs": {graph.name: f"{graph.name}/{GRAPH}" for graph in pipeline.graphs}},
+            outputs={"graphs": pipeline.places},
             versions={"lora-export": __version__},
         )
 
     write_folder(pipeline, output, force=force, reads=reads, write_graph=write_graph, manifest=manifest)
-    return tuple(output / graph.name / GRAPH for graph in pipeline.graphs)
+    return tuple(output / graph.file for graph in pipeline.graphs)

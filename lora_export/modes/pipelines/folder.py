@@ -1,4 +1,4 @@
-"""Write a folder of graphs beside the small files of a pipeline: all of it appears at once, or none of it."""
+"""Write a folder of graphs beside the small files of its base: all of it appears at once, or none of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_export.storage.hashes import hash_folder
 from lora_export.storage.manifest import Manifest
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_inputs
 
-GRAPH, _CONFIG = "model.onnx", "config.json"
+_CONFIG = "config.json"
 
 
 def check_output(pipeline: Pipeline, output: Path, *, force: bool, reads: Sequence[Path]) -> None:
@@ -34,7 +34,7 @@ def check_output(pipeline: Pipeline, output: Path, *, force: bool, reads: Sequen
     """
     if output.suffix == ".onnx":
         raise OutputError(
-            f"{pipeline.folder} is a pipeline of several models, and the output {output} is one graph",
+            f"{pipeline.described}, and the output {output} is one graph",
             f"give a folder: -o {output.with_suffix('')}",
         )
     refuse_inputs([output], reads)
@@ -68,15 +68,16 @@ def write_folder(
         with output_errors(output):
             staged.mkdir()
             for graph in pipeline.graphs:
-                place = staged / graph.name
-                place.mkdir()
-                write_graph(graph, place / GRAPH)
-                shutil.copyfile(graph.folder / _CONFIG, place / _CONFIG)
+                path = staged / graph.file
+                path.parent.mkdir(exist_ok=True)
+                write_graph(graph, path)
+                shutil.copyfile(graph.folder / _CONFIG, path.parent / _CONFIG)
             for path in pipeline.copied:
                 (staged / path).parent.mkdir(exist_ok=True)
                 shutil.copyfile(pipeline.folder / path, staged / path)
-            index = json.dumps(pipeline.index, indent=2, ensure_ascii=False) + "\n"
-            (staged / INDEX).write_text(index, "utf-8")
+            if pipeline.index:
+                index = json.dumps(pipeline.index, indent=2, ensure_ascii=False) + "\n"
+                (staged / INDEX).write_text(index, "utf-8")
             made = replace(manifest(), files=hash_folder(staged))
             made.save(staged / MANIFEST)
         size = sum(file.size_bytes for file in made.files.values())

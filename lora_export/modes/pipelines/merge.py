@@ -10,14 +10,13 @@ from typing import Any, Protocol
 from lora_export import __version__
 from lora_export.adapter import Adapter
 from lora_export.base.capture.capture import capture_checkpoint
-from lora_export.base.pipeline_graphs import Pipeline, PipelineGraph, open_pipeline
+from lora_export.base.pipeline_graphs import Pipeline, PipelineGraph
 from lora_export.base.pipeline_parts import Share, part_adapters
 from lora_export.base.reads import files_read
 from lora_export.base.write_options import WriteOptions
-from lora_export.errors import OutputError
 from lora_export.machines.packages import package_versions
 from lora_export.modes.merging.report import MergeReport
-from lora_export.modes.pipelines.folder import GRAPH, check_output, write_folder
+from lora_export.modes.pipelines.folder import check_output, write_folder
 from lora_export.plan import Plan
 from lora_export.storage.hashes import hash_file
 from lora_export.storage.manifest import Manifest, adapter_entry
@@ -45,7 +44,7 @@ class MergeOne(Protocol):
 
 
 def merge_pipeline(
-    base: Path,
+    pipeline: Pipeline,
     output: Path,
     adapters: Sequence[Adapter],
     factors: Sequence[float],
@@ -57,7 +56,7 @@ def merge_pipeline(
     """Write a folder of graphs with adapters merged into those that they are for.
 
     Args:
-        base: Folder of a pipeline.
+        pipeline: The base.
         output: The folder to write.
         adapters: Adapters, each for one component or several.
         factors: Factor of each adapter.
@@ -71,9 +70,17 @@ def merge_pipeline(
     Raises:
         LoraExportError: As `merge_onnx`; `AdapterError` if the pipeline lacks a component.
     """
-    _refuse_options(base, options)
-    pipeline = open_pipeline(base)
-    reads = [*pipeline.files, *files_read(base, adapters)]
+    pipeline.refuse_options(
+        {
+            "--checkpoint": bool(options.checkpoint),
+            "--kv-cache": options.kv_cache,
+            "--fused": options.fused,
+            "--runtime": options.runtime != "portable",
+            "--share-base": options.share_base,
+            "--quantize": options.quantize is not None,
+        }
+    )
+    reads = [*pipeline.files, *files_read(pipeline.folder, adapters)]
     check_output(pipeline, output, force=options.force, reads=reads)
     if not options.dry_run:
         refuse_existing([output], options.force)
@@ -97,7 +104,7 @@ def merge_pipeline(
     if options.dry_run:
         for graph in pipeline.graphs:
             if graph.component in shares:
-                write_graph(graph, output / graph.name / GRAPH)
+                write_graph(graph, output / graph.file)
         return _joined(pipeline, reports, output, notes)
 
     def manifest() -> Manifest:
@@ -109,24 +116,6 @@ def merge_pipeline(
         pipeline, output, force=options.force, reads=reads, write_graph=write_graph, manifest=manifest
     )
     return replace(_joined(pipeline, reports, output, notes), size_bytes=size, dry_run=False)
-
-
-def _refuse_options(base: Path, options: WriteOptions) -> None:
-    """Refuse options for one model."""
-    flags = {
-        "--checkpoint": bool(options.checkpoint),
-        "--kv-cache": options.kv_cache,
-        "--fused": options.fused,
-        "--runtime": options.runtime != "portable",
-        "--share-base": options.share_base,
-        "--quantize": options.quantize is not None,
-    }
-    given = " and ".join(flag for flag, is_given in flags.items() if is_given)
-    if given:
-        raise OutputError(
-            f"{base} is a pipeline of several models, for which there is no {given}",
-            f"omit {given}, or give the folder of one of its models",
-        )
 
 
 def _joined(
@@ -159,7 +148,7 @@ def _manifest(
     """Return the manifest of the folder; each merged graph has one of its own as well."""
     weights = [path for path in pipeline.files if path.suffix == ".safetensors"]
     outputs: dict[str, Any] = {
-        "graphs": {graph.name: f"{graph.name}/{GRAPH}" for graph in pipeline.graphs},
+        "graphs": pipeline.places,
         "adapters": {name: [share.adapter.name for share in given] for name, given in shares.items()},
     }
     return Manifest(
