@@ -202,6 +202,10 @@ class _Layers:
         for use in list(self._last.uses()):
             if self._layer.get(id(use.node)) != len(self.nodes) - 1:
                 use.node.replace_input_with(use.idx, current)
+        for node in behind:
+            # Nodes that are gone would still count as readers of what they read.
+            for place in range(len(node.inputs)):
+                node.replace_input_with(place, None)
         graph.remove(behind)
 
     def _take_over(self, new: Mapping[ir.Value, ir.Value], number: int) -> None:

@@ -4,7 +4,7 @@
 row's tokens. Rules, without which a rotary embedding stays a node of its own:
 
 1. The angles depend on ``position_ids`` alone, each on its own position: not on how many there are, as with
-   dynamic scaling. They are computed for all positions, and for some of them in other company.
+   dynamic scaling, nor on the cache. They are computed for all positions, and for some in other company.
 2. The number of positions is known, and the tables take at most 128 MB.
 3. A head has a multiple of 16 values, as ONNX Runtime wants it here.
 """
@@ -18,7 +18,9 @@ from lora_export.adapter import Array
 from lora_export.base.lowering.evaluating import CannotCompute, opened_for
 from lora_export.graph.captured import TOTAL_SEQUENCE, Captured
 
-_POSITIONS = "position_ids"
+_POSITIONS, _PAST = "position_ids", "past_key_values."
+# Tokens in the cache of positions that are tried alone.
+_BEFORE = 3
 _MOST_BYTES = 128 << 20
 # Difference of one cosine that is computed twice: a vector's last numbers may be computed one by one.
 _FLOAT_STEP = 1e-6
@@ -62,12 +64,19 @@ class RotaryTables:
             session = opened_for(self._model, [cosine, sine])
         except CannotCompute:
             return None
-        if [port.name for port in session.get_inputs()] != [_POSITIONS]:
+        others = {port.name for port in session.get_inputs()} - {_POSITIONS}
+        if any(not name.startswith(_PAST) for name in others):
             return None
+
+        def asked(places: Array, past: int) -> list[Array]:
+            """Return the angles; a trace may take the number of rows from a cache."""
+            empty = np.zeros((len(places), 1, past, 1), np.float32)
+            return list(session.run(None, {_POSITIONS: places} | dict.fromkeys(others, empty)))
+
         step = _STEPS.get(dtype, _FLOAT_STEP)
-        every = session.run(None, {_POSITIONS: np.arange(count)[None]})
+        every = asked(np.arange(count)[None], 0)
         for places in ([[0, 1, 2]], [[count - 1]], [[count // 2, 0], [1, count // 3]]):
-            alone = session.run(None, {_POSITIONS: np.array(places)})
+            alone = asked(np.array(places), _BEFORE)
             pairs = zip(alone, every, strict=True)
             if not all(np.allclose(one, table[0][places], rtol=0, atol=step) for one, table in pairs):
                 return None
