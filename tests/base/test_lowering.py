@@ -111,6 +111,13 @@ def operators(path):
     return Counter(node.op_type for node in proto.graph.node if node.domain == "com.microsoft")
 
 
+def unread(path):
+    """Return the nodes that nothing reads, which ONNX Runtime runs all the same."""
+    graph = onnx.load(path, load_external_data=False).graph
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    return [node.name for node in graph.node if not read & set(node.output)]
+
+
 def prompt():
     """Return ids and a mask of rows of different lengths, padded on the right."""
     ids = np.random.default_rng(0).integers(3, 99, (ROWS, TOKENS))
@@ -194,6 +201,7 @@ def test_prompts_and_steps_are_pytorchs(make, trace, grouped, norms, rotary, tmp
     assert skips == norms
     assert [node.op_type for node in load_graph(graph).graph].count("RotaryEmbedding") == rotary
     assert Captured.from_metadata(load_graph(graph).model.metadata_props).padding == "right"
+    assert not unread(graph)
     check_equal(of_graph(graph), of_torch(model))
 
 
