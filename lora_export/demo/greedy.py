@@ -149,10 +149,14 @@ def serve(folder: Path) -> Served:
     names = [row.adapter for row in expected.generated if row.adapter is not None]
     missing = [name for name in names if not is_file(folder / f"{name}{ADAPTER_SUFFIX}")]
     if missing:
-        words = ["convert-adapter", "ADAPTER", "--for", folder / "model.onnx"]
         raise PackageError(
             f"{folder} lacks adapters that {EXPECTED} names",
-            command(["lora-export", *words, "-o", folder / f"NAME{ADAPTER_SUFFIX}"]),
+            command(
+                [
+                    *("lora-export", "convert-adapter", "ADAPTER", "--for", folder / "model.onnx"),
+                    *("-o", folder / f"NAME{ADAPTER_SUFFIX}"),
+                ]
+            ),
             [f"{name}{ADAPTER_SUFFIX}" for name in missing],
         )
     og = _genai()

@@ -129,11 +129,15 @@ def chat_lines(report: ChatReport) -> list[str]:
         lines.append(f"  PyTorch + PEFT, {precision} weights:")
         lines += [f"    {name:<8} {texts[0]}" for name, texts in answers.items()]
     out = report.output
-    words = ["lora-export", "swap-onnx", "--base", out / "base-fp32" / "model.onnx"]
-    words += ["--adapter", out / "adapters" / "json"]
+    following = command(
+        [
+            *("lora-export", "swap-onnx", "--base", out / "base-fp32" / "model.onnx"),
+            *("--adapter", out / "adapters" / "json", "-o", out / "genai-fp32" / "model.onnx"),
+        ]
+    )
     return [
         *lines,
         "",
         f"Everything is in {out}/ ({report.seconds:.0f} s). Next:",
-        f"  {command([*words, '-o', out / 'genai-fp32' / 'model.onnx'])}",
+        f"  {following}",
     ]

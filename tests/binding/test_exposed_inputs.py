@@ -70,7 +70,7 @@ def test_a_record_of_other_sizes_takes_no_memory(mode, tmp_path):
         calls.append(lambda: convert_adapter(A, path, tmp_path / "a.safetensors"))
     for call in calls:
         tracemalloc.start()
-        with pytest.raises(GraphError, match="other sizes than the") as caught:
+        with pytest.raises(GraphError, match=r"other sizes than the|record is damaged") as caught:
             call()
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

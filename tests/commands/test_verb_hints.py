@@ -74,7 +74,7 @@ MAKERS = {"runtimes": ("swap-onnx", "bank-onnx", "build-engine", "bench"), "engi
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the texts of a module but for docstrings; of an f-string its fixed parts."""
+    """Yield the texts of a module but for docstrings; of an f-string its fixed parts, of a command all."""
     tree = ast.parse(path.read_text("utf-8"))
     left = {
         id(node.body[0].value)
@@ -83,7 +83,11 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
         and isinstance(node.body[0], ast.Expr)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.JoinedStr):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "command":
+            words = [word for word in ast.walk(node) if isinstance(word, ast.Constant)]
+            left |= {id(word) for word in words}
+            yield node.lineno, " ".join(str(word.value) for word in words)
+        elif isinstance(node, ast.JoinedStr):
             parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
             left |= {id(part) for part in node.values}
             yield node.lineno, "".join(map(str, parts))

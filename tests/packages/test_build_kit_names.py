@@ -137,7 +137,8 @@ def test_an_input_of_any_name(pattern, compiler, recorded, tmp_path):
     ((called, verb, *arguments),) = recorded(kit, "lora-export")
     assert (called, verb) == ("lora-export", "build-engine")
     given = build_engine.make_context("build-engine", arguments).params
-    (request,) = [ProfileRequest.parse(text) for text in given["profiles"]]
+    (request,) = given["profiles"]
+    assert isinstance(request, ProfileRequest)
     assert list(request.shapes) == [name]
     assert (given["targets"], given["name"]) == ((target,), "m")
 

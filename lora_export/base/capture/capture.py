@@ -217,15 +217,17 @@ def _write_outlined(
         # First, because it refuses a folder that lacks weights.
         kept = _in_outline(checkpoint, loading, way)
         proof = _twin_proof(path, output, loading, way, proven=proven, in_place=share_from is None)
-        # Copied layers are believed only where they were compared.
-        if proof is not None and proof.of == "nothing" and proven:
+        # Copied layers and fused nodes are believed only where they were compared.
+        missing = proof.reason if proof is not None and proof.of == "nothing" and proven else ""
+        if missing and (way.fused or not_proven(proven) is None):
             raise CannotOutline(
-                f"{path} is traced with its weights, because {proof.reason}",
+                f"{path} is traced with its weights, because {missing}",
                 "; or --no-twin, to write a graph that was not compared with PyTorch",
             )
         if proof is not None:
             kept.graph.metadata_props.update(proof.to_metadata())
-        if not is_twin:
+        # Why there is no proof may be over the next time.
+        if not (is_twin or missing):
             keep(key, kept)
     weights = Weights(checkpoint, kept.parts)
     linked = set()

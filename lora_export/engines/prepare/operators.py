@@ -47,7 +47,7 @@ _HINTS = {
     "capture the checkpoint in ONNX's operators (capture-onnx HF_FOLDER --kv-cache --runtime portable)",
     "quantised": "quantised for ONNX Runtime's own kernels: build from the float graph, or quantise with "
     "QuantizeLinear and DequantizeLinear, symmetric int8",
-    "fused": "ONNX Runtime's fusions: export without them (capture with --runtime portable), or save no "
+    "fused": "ONNX Runtime's fusions: export without them (capture-onnx with --runtime portable), or save no "
     "optimised model",
     "custom": "export without custom operators",
     "absent": "export the model without this operator, or run the graph with ONNX Runtime",
