@@ -266,9 +266,9 @@ _HEADING = """# Architectures
 
 A small model of each (three layers, random weights, float32), captured from its folder, with a random adapter
 on all its linear layers. The errors are relative: of the captured graph the largest over outputs and inputs
-(padded on either side, longer ones, several steps behind a cache), as `capture-onnx` measures it; of the merged
-graph and of the one with exposed LoRA ‖candidate − PEFT‖ ÷ ‖PEFT‖ of the worst output, as `lora-export parity`
-measures it. *refused* stands for an error that says why, in short.
+(padded on either side, longer ones, several steps behind a cache), as `capture-onnx` measures it; of the
+merged graph and of the one with exposed LoRA ‖candidate − PEFT‖ ÷ ‖PEFT‖ of the worst output, as
+`lora-export parity` measures it. *refused* stands for an error that says why, in short.
 
 """
 
