@@ -33,7 +33,7 @@ from lora_export.untrusted.places import is_file, is_folder, listed
 _TEXT_ENCODER = re.compile(r"text_encoder(?:_\d)?")
 _VAE, _VAE_CLASS = "vae", "AutoencoderKL"
 _DOWNLOAD = "download the pipeline again, or save it with save_pretrained"
-# Ends of files that hold weights, and of code.
+# Ends of files that hold weights.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
 # Documents of tokenizers, schedulers and processors.
 _DOCUMENTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe")

@@ -132,8 +132,8 @@ def cut(model: Any, stacks: list[Stack]) -> Callable[[], None]:
 def _refuse_numbers(model: Any, stack: Stack) -> None:
     """Refuse what is said of layers by their numbers, which would be others' in the cut model.
 
-    A config's own set or dict of numbers may be there for the layers' constructors alone: it is refused when
-    the cut model asks it for one.
+    A config's own list of numbers may be there for the layers' constructors alone: it is refused when the cut
+    model asks it for one.
     """
     for path, module in model.named_modules():
         if path.startswith(f"{stack.path}.") or type(module).__module__.startswith("torch."):

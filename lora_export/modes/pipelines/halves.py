@@ -118,7 +118,7 @@ def _merged(base: Pipeline, merge: CheckpointMerge, folder: Path) -> Pipeline:
 
 
 def refused_options(options: WriteOptions) -> dict[str, bool]:
-    """Return the options that two graphs of one folder don't have, and whether they are given."""
+    """Return the options that several graphs of one folder don't have, and whether they are given."""
     return {
         "--checkpoint": bool(options.checkpoint),
         "--quantize": options.quantize is not None,

@@ -17,6 +17,7 @@ from lora_export.base.write_options import WriteOptions
 from lora_export.machines.packages import package_versions
 from lora_export.modes.merging.report import MergeReport
 from lora_export.modes.pipelines.folder import check_output, write_folder
+from lora_export.modes.pipelines.halves import refused_options
 from lora_export.plan import Plan
 from lora_export.storage.hashes import hash_file
 from lora_export.storage.manifest import Manifest, adapter_entry
@@ -70,16 +71,8 @@ def merge_pipeline(
     Raises:
         LoraExportError: As `merge_onnx`; `AdapterError` if the pipeline lacks a component.
     """
-    pipeline.refuse_options(
-        {
-            "--checkpoint": bool(options.checkpoint),
-            "--kv-cache": options.kv_cache,
-            "--fused": options.fused,
-            "--runtime": options.runtime != "portable",
-            "--share-base": options.share_base,
-            "--quantize": options.quantize is not None,
-        }
-    )
+    decoders = {"--kv-cache": options.kv_cache, "--fused": options.fused}
+    pipeline.refuse_options(decoders | refused_options(options))
     reads = [*pipeline.files, *files_read(pipeline.folder, adapters)]
     check_output(pipeline, output, force=options.force, reads=reads)
     if not options.dry_run:
