@@ -127,9 +127,10 @@ def test_what_is_honest_and_large_is_not_refused():
 @pytest.mark.parametrize(
     ("keys", "paths", "says"),
     [
-        # More keys than are kept compiled, for each of many modules.
-        ([f"x{n}[ab]+" for n in range(5000)], 2000, "takes more than"),
-        ([f"x{n}[ab]" for n in range(5000)], 2000, "takes more than"),
+        # More keys than are kept compiled, for each of many modules. Compiling and matching spend one budget:
+        # which of them has the last of it is the machine's affair.
+        ([f"x{n}[ab]+" for n in range(5000)], 2000, "takes? more than"),
+        ([f"x{n}[ab]" for n in range(5000)], 2000, "takes? more than"),
         (["x" * n for n in range(4000)], 2000, "more than 5000000 times"),
     ],
 )
