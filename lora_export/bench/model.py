@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from lora_export.engines.record import EngineRecord
 from lora_export.errors import GraphError
 from lora_export.graph.exposed import LoraRecord
@@ -137,8 +135,7 @@ def _of_graph(file: ModelFile, graph: GraphFile) -> BenchModel:
         if value.dtype is None or value.shape is None:
             problems.append(f"{name}: a tensor of unknown type or rank, or not a tensor")
             continue
-        dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
-        inputs.append(Port(name, np.dtype(value.dtype.numpy()).name, dims))
+        inputs.append(Port.of(value))
     if problems:
         raise GraphError(
             f"{file.path}: no feeds can be made for these inputs",

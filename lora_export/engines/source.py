@@ -25,11 +25,10 @@ def ports_of(graph: GraphFile) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
 
 
 def _port(value: ir.Value) -> Port:
-    dims = [dim if isinstance(dim, int) else dim.value or -1 for dim in value.shape or ()]
-    dtype = str(value.dtype.numpy()) if value.dtype is not None else ""
+    port = Port.of(value)
     # TensorRT has no float64 and computes in float32; `admit` notes it.
-    dtype = "float32" if dtype == "float64" else dtype
-    return port_of(str(value.name), dtype, dims)
+    dtype = "float32" if port.dtype == "float64" else port.dtype
+    return port_of(port.name, dtype, [-1 if dim in (None, "") else dim for dim in port.dims])
 
 
 def port_of(name: str, dtype: str, dims: Sequence[int | str]) -> Port:

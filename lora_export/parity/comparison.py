@@ -166,7 +166,7 @@ class Comparison:
                 actual[name],
                 own=None if own is None else own[other],
                 without=None if without is None else without[other],
-                got_without=None if actual_without is None else actual_without[name],
+                actual_without=None if actual_without is None else actual_without[name],
                 masks=masks_of(feed, other),
                 tied=None if tied is None else tied[other],
             )
@@ -184,9 +184,9 @@ class Comparison:
     ) -> None:
         """Record a feed's own error, so that an error which only one feed shows is localised on that feed."""
         alone = Tally()
-        alone.add(expected, actual, own=None, without=None, got_without=None, masks=masks)
-        lost = alone.got.infinite or alone.infinite
-        error = math.inf if lost else alone.relative(alone.got)
+        alone.add(expected, actual, own=None, without=None, actual_without=None, masks=masks)
+        lost = alone.actual.infinite or alone.infinite
+        error = math.inf if lost else alone.relative(alone.actual)
         known = self._errors.setdefault(state, {})
         known[self._feeds] = max(known.get(self._feeds, 0.0), error)
 

@@ -27,14 +27,14 @@ class SideOutputs:
     """Outputs of all sides in a state.
 
     Attributes:
-        wanted: Outputs of the reference.
-        got: Outputs of the candidate.
+        expected: Outputs of the reference.
+        actual: Outputs of the candidate.
         own: Outputs of PyTorch in the candidate's dtype; None if it was not run.
         tied: Outputs of PyTorch with ties of routers chosen the other way; None if there are no ties.
     """
 
-    wanted: Outputs
-    got: Outputs
+    expected: Outputs
+    actual: Outputs
     own: Outputs | None = None
     tied: Outputs | None = None
 
@@ -114,7 +114,7 @@ class Laws:
         if len(set(rows)) > 1:
             self.mixed_states |= set(rows)
             expected = {
-                name: np.stack([answers[state].wanted[pairs[name]][row] for row, state in enumerate(rows)])
+                name: np.stack([answers[state].expected[pairs[name]][row] for row, state in enumerate(rows)])
                 for name in names
             }
             self._add(self.mixed, feed, names=names, expected=expected, actual=actual)
@@ -177,7 +177,7 @@ class Laws:
     def _again(self, feed: Feed, answers: Answers, state: State) -> None:
         again = self.candidate.run(feed.values, (state,) * feed.batch)
         for name, values in again.items():
-            before = answers[state].got[name]
+            before = answers[state].actual[name]
             if np.array_equal(before, values, equal_nan=before.dtype.kind == "f"):
                 difference = 0.0
             else:
@@ -202,7 +202,7 @@ class Laws:
                 actual[name],
                 own=None,
                 without=None,
-                got_without=None,
+                actual_without=None,
                 masks=masks_of(feed, name),
             )
 
@@ -221,11 +221,11 @@ class Laws:
             tallies = self.applied.setdefault(state, {})
             for name, other in pairs.items():
                 tallies.setdefault(name, Tally(logits=is_logits(name), tolerance=self.tolerance)).add(
-                    answer.wanted[other][at],
+                    answer.expected[other][at],
                     actual[name][at],
                     own=None if answer.own is None else answer.own[other][at],
-                    without=base.wanted[other][at],
-                    got_without=base.got[name][at],
+                    without=base.expected[other][at],
+                    actual_without=base.actual[name][at],
                     masks=masks_of(rows_of(feed, [row]), name),
                     tied=None if answer.tied is None else answer.tied[other][at],
                 )
@@ -249,11 +249,11 @@ class Laws:
         at, tallies = slice(row, row + 1), self.applied.setdefault(BASE, {})
         for name in names:
             tallies.setdefault(name, Tally(logits=is_logits(name), tolerance=self.tolerance)).add(
-                answers[BASE].got[name][at],
+                answers[BASE].actual[name][at],
                 actual[name][at],
                 own=None,
-                without=answers[other].got[name][at],
-                got_without=None,
+                without=answers[other].actual[name][at],
+                actual_without=None,
                 masks=masks_of(rows_of(feed, [row]), name),
             )
 
@@ -274,7 +274,7 @@ class Laws:
             broken = [entry for entry in finite_verdicts(BASE, found, name, right) if not entry.passed]
             verdicts += [Verdict(**{**vars(entry), "state": label}) for entry in broken]
             for group, members in groups(found).items():
-                norm = math.sqrt(sum(tally.wanted_squared for tally in members.values()))
+                norm = math.sqrt(sum(tally.expected_squared for tally in members.values()))
                 limit = largest_limit(judge.limits, states, group).over(norm)
                 verdicts += judge.errors(label, group, members=members, limit=limit, kind=name)
         return verdicts

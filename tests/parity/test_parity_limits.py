@@ -95,7 +95,7 @@ def test_zeros_pass_no_limit(dtype, own, ties):
     limit = limit_of(dtype, known, own, 0.1, StatedRounding(5.0, "m"), (ties, ties))
     wanted = random(0)
     tally = tally_of(wanted, np.zeros_like(wanted))
-    assert tally.relative(tally.got) == pytest.approx(1)
+    assert tally.relative(tally.actual) == pytest.approx(1)
     assert limit.relative <= CEILING
     assert Limit(**{**vars(limit), "each": {"logits": 7.0}, "norm": 1e3}).over(1.0).of("logits")[0] <= CEILING
 
@@ -142,7 +142,7 @@ def test_layers_are_pooled_as_one_vector():
         for w, n in zip(wanted, noise, strict=True)
     ]
     assert found[1] == pytest.approx(max(worst))
-    assert pooled(tallies, [tally.got for tally in tallies])[0] == pytest.approx(2 * found[0])
+    assert pooled(tallies, [tally.actual for tally in tallies])[0] == pytest.approx(2 * found[0])
     assert pooled_own([tally_of(wanted[0], wanted[0])]) is None
 
 

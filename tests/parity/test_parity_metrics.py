@@ -28,7 +28,7 @@ def runs(shape: tuple[int, ...], seed: int = 0) -> tuple[Array, Array, Array]:
 
 
 def tally_of(*feeds: tuple[Any, ...], **options: Any) -> Tally:
-    """Add (wanted, got, own, without, got_without, masks), as many of them as are given."""
+    """Add (wanted, got, own, without, actual_without, masks), as many of them as are given."""
     tally = Tally(**options)
     for feed in feeds:
         tally.add(*feed, *[None] * (5 - len(feed)))
@@ -74,7 +74,7 @@ def test_feeds_of_other_shapes_add_up():
     tally = tally_of(small[:2], large[:2])
     difference = [norm(got - wanted) for wanted, got, _ in (small, large)]
     wanted = [norm(feed[0]) for feed in (small, large)]
-    assert tally.relative(tally.got) == pytest.approx(math.hypot(*difference) / math.hypot(*wanted))
+    assert tally.relative(tally.actual) == pytest.approx(math.hypot(*difference) / math.hypot(*wanted))
     assert tally.positions == 1 * 2 + 4 * 9
 
 
@@ -84,8 +84,8 @@ def test_values_of_any_dtype_are_compared_in_float64(dtype):
     stored = got.astype(dtype)
     tally = tally_of((wanted, stored), logits=True)
     exact = stored.astype(np.float64)
-    assert tally.relative(tally.got) == pytest.approx(norm(exact - wanted) / norm(wanted), rel=1e-12)
-    assert tally.got.max_abs == np.abs(exact - wanted).max()
+    assert tally.relative(tally.actual) == pytest.approx(norm(exact - wanted) / norm(wanted), rel=1e-12)
+    assert tally.actual.max_abs == np.abs(exact - wanted).max()
 
 
 def test_what_pytorch_loses_is_measured_in_the_same_way():
@@ -96,17 +96,17 @@ def test_what_pytorch_loses_is_measured_in_the_same_way():
     assert tally.relative(tally.own) == pytest.approx(norm(own - wanted) / norm(wanted))
     assert tally.metrics("a", "logits").own_relative == pytest.approx(norm(own - wanted) / norm(wanted))
     swapped = tally_of((wanted, own, got, without))
-    assert swapped.got == tally.own
-    assert swapped.own == tally.got
+    assert swapped.actual == tally.own
+    assert swapped.own == tally.actual
 
 
 def test_against_zeros_the_relative_error_is_the_difference():
     got = random(LOGITS)
     tally = tally_of((np.zeros(LOGITS), got))
-    assert tally.relative(tally.got) == pytest.approx(norm(got))
-    assert tally.worst(tally.got) == pytest.approx(max(norm(row) for row in rows(got)))
+    assert tally.relative(tally.actual) == pytest.approx(norm(got))
+    assert tally.worst(tally.actual) == pytest.approx(max(norm(row) for row in rows(got)))
     same = tally_of((np.zeros(LOGITS), np.zeros(LOGITS)))
-    assert same.relative(same.got) == 0
+    assert same.relative(same.actual) == 0
     assert same.metrics("a", "x").cosine == 1
 
 
@@ -128,7 +128,7 @@ def test_padded_positions_of_logits_do_not_count():
     found = tally_of((wanted, got, None, without, None, [mask]), logits=True)
     kept = mask == 1
     assert found.positions == kept.sum()
-    assert found.relative(found.got) == pytest.approx(norm(got[kept] - wanted[kept]) / norm(wanted[kept]))
+    assert found.relative(found.actual) == pytest.approx(norm(got[kept] - wanted[kept]) / norm(wanted[kept]))
     assert found.effect == pytest.approx(norm(wanted[kept] - without[kept]) / norm(wanted[kept]))
     assert found.metrics("a", "logits").top1 <= 1
 
@@ -143,7 +143,7 @@ def test_padded_positions_of_a_cache_do_not_count():
     tally = tally_of((wanted, got, None, None, None, [total[:, 4:], total]))
     kept = ~padded
     assert tally.values == kept.sum()
-    assert tally.relative(tally.got) == pytest.approx(norm(got[kept] - wanted[kept]) / norm(wanted[kept]))
+    assert tally.relative(tally.actual) == pytest.approx(norm(got[kept] - wanted[kept]) / norm(wanted[kept]))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -153,8 +153,8 @@ def test_what_is_padded_may_be_no_number(value):
     mask[1, 2] = False
     got[1, 2], wanted[1, 2] = value, value
     tally = tally_of((wanted, got, None, None, None, [mask]))
-    assert (tally.infinite, tally.got.infinite) == (0, 0)
-    assert math.isfinite(tally.relative(tally.got))
+    assert (tally.infinite, tally.actual.infinite) == (0, 0)
+    assert math.isfinite(tally.relative(tally.actual))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 4, 17), (2, 5, 17), (3, 4, 6, 7)], ids=str)
@@ -172,17 +172,17 @@ def test_the_applied_share_is_what_was_put_in(share):
     aside = random(LOGITS, 5)
     aside -= (aside * effect).sum() / (effect**2).sum() * effect  # what is no part of the effect
     tally = tally_of((wanted, without + share * effect + 0.3 * aside, None, without))
-    assert tally.applied(tally.got) == pytest.approx(share, abs=1e-12)
+    assert tally.applied(tally.actual) == pytest.approx(share, abs=1e-12)
     length = math.hypot((share - 1) * norm(effect), 0.3 * norm(aside))
-    assert tally.error_over_effect(tally.got) == pytest.approx(length / norm(effect))
+    assert tally.error_over_effect(tally.actual) == pytest.approx(length / norm(effect))
 
 
 def test_the_share_is_measured_from_the_candidates_own_base_where_it_has_one():
     wanted, _, without = runs(LOGITS)
     offset = 0.4 * (wanted - without)  # of both its runs: a wrong base
-    got_without, got = without + offset, wanted + offset
-    tally = tally_of((wanted, got, got, without, got_without))
-    assert tally.applied(tally.got) == pytest.approx(1)
+    actual_without, got = without + offset, wanted + offset
+    tally = tally_of((wanted, got, got, without, actual_without))
+    assert tally.applied(tally.actual) == pytest.approx(1)
     assert tally.own is not None
     assert tally.applied(tally.own) == pytest.approx(1.4)
 
@@ -192,8 +192,8 @@ def test_without_an_effect_there_is_no_share():
     tally = tally_of((wanted, got, None, wanted.copy()))
     assert tally.moved
     assert tally.effect == 0
-    assert math.isnan(tally.applied(tally.got))
-    assert tally.error_over_effect(tally.got) == math.inf
+    assert math.isnan(tally.applied(tally.actual))
+    assert tally.error_over_effect(tally.actual) == math.inf
     assert tally.metrics("a", "logits").error_over_effect is None
 
 
@@ -231,7 +231,7 @@ def test_values_that_are_no_numbers_are_counted_and_leave_no_figure(side, value)
     tally = tally_of(
         (good[0], good[1], good[1], good[2]), (wanted, got, got, without), logits=True, tolerance=(0.1, 0.1)
     )
-    assert (tally.infinite, tally.got.infinite) == ((0, 2) if side == "got" else (2, 0))
+    assert (tally.infinite, tally.actual.infinite) == ((0, 2) if side == "got" else (2, 0))
     found = tally.metrics("a", "logits")
     figures = (found.max_abs, found.mean_abs, found.relative, found.cosine, found.kl, found.top1, found.top5)
     assert all(math.isnan(figure) for figure in figures)
@@ -242,14 +242,14 @@ def test_both_sides_are_counted_where_both_are_no_numbers():
     wanted, got, _ = runs(LOGITS)
     wanted[0, 0, 0] = got[0, 0, 0] = got[1, 1, 1] = np.nan
     tally = tally_of((wanted, got))
-    assert (tally.infinite, tally.got.infinite) == (1, 2)
+    assert (tally.infinite, tally.actual.infinite) == (1, 2)
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_base_of_the_candidate_that_is_no_number_does_not_hide_the_share():
     wanted, _, without = runs(LOGITS)
     tally = tally_of((wanted, wanted, None, without, np.full(LOGITS, np.nan)))
-    assert tally.applied(tally.got) == pytest.approx(1)
+    assert tally.applied(tally.actual) == pytest.approx(1)
 
 
 # --- a tolerance of the user's ---------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_a_tolerance_is_that_of_numpy(error, tolerance):
     for got in (wanted + error * random(LOGITS, 1), wanted.copy()):
         tally = tally_of((wanted, got), tolerance=tolerance)
         rtol, atol = tolerance
-        assert (tally.got.beyond <= 1) == np.allclose(got, wanted, rtol=rtol, atol=atol)
+        assert (tally.actual.beyond <= 1) == np.allclose(got, wanted, rtol=rtol, atol=atol)
 
 
 # --- names -----------------------------------------------------------------------------------------------

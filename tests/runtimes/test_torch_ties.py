@@ -117,15 +117,15 @@ def test_each_call_has_its_own_gap():
 
 
 def test_what_ties_cost_is_added_and_is_a_larger_share_of_fewer_positions():
-    tally = Tally(own=Distance(squared=1e-6), wanted_squared=4.0, positions=4)
+    tally = Tally(own=Distance(squared=1e-6), expected_squared=4.0, positions=4)
     plain = limit_of("float16", (5e-4, 5e-4), 5e-4, 0.5, None)
     wider = limit_of("float16", (5e-4, 5e-4), 5e-4, 0.5, None, (0.01, 0.1))
     assert wider.relative > plain.relative + 0.01
     assert wider.worst > plain.worst + 0.1
     assert "ties of routers" in wider.why
-    wider = wider.__class__(**{**vars(wider), "norm": tally.wanted_norm})
-    assert wider.over(tally.wanted_norm).relative == wider.relative
-    assert wider.over(tally.wanted_norm / 2).relative == pytest.approx(wider.relative + wider.ties)
+    wider = wider.__class__(**{**vars(wider), "norm": tally.expected_norm})
+    assert wider.over(tally.expected_norm).relative == wider.relative
+    assert wider.over(tally.expected_norm / 2).relative == pytest.approx(wider.relative + wider.ties)
     assert plain.over(1e-3).relative == plain.relative
 
 

@@ -250,13 +250,8 @@ def is_float(dtype: str) -> bool:
 
 
 def _port(value: ir.Value) -> InputPort:
-    assert value.name is not None
-    assert value.shape is not None
-    assert value.dtype is not None
-    dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
-    # numpy has no fixed type for texts.
-    dtype = np.dtype(object if value.dtype == ir.DataType.STRING else value.dtype.numpy())
-    return InputPort(value.name, dtype.name, dims, _rows_looked_up(value))
+    port = Port.of(value)
+    return InputPort(port.name, port.dtype, port.dims, _rows_looked_up(value))
 
 
 def _rows_looked_up(value: ir.Value) -> int | None:

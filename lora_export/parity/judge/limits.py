@@ -179,7 +179,7 @@ def pooled_ties(tallies: Sequence[Tally]) -> tuple[float, float]:
 def pooled(tallies: Sequence[Tally], distances: Sequence[Distance]) -> tuple[float, float]:
     """Return the relative error and the worst position of several outputs together."""
     squared = sum(distance.squared for distance in distances)
-    norm = sum(tally.wanted_squared for tally in tallies)
+    norm = sum(tally.expected_squared for tally in tallies)
     worst = max(tally.worst(distance) for tally, distance in zip(tallies, distances, strict=True))
     return math.sqrt(squared / norm) if norm else math.sqrt(squared), worst
 

@@ -110,10 +110,10 @@ class Tally:
         tolerance: ``(rtol, atol)``, if the user gave one.
         values: Number of compared values.
         positions: Number of positions.
-        wanted_squared: ‖reference‖².
+        expected_squared: ‖reference‖².
         moved_squared: ‖reference with − without the adapter‖².
         infinite: Number of the reference's values that are NaN or infinite.
-        got: The candidate's distance.
+        actual: The candidate's distance.
         own: PyTorch's distance in the candidate's dtype; None if it was not run.
         ties: PyTorch's distance with experts that are a tie in this dtype chosen the other way, over the
             feeds with such ties; None if there are none.
@@ -124,37 +124,37 @@ class Tally:
     tolerance: tuple[float, float] | None = None
     values: int = 0
     positions: int = 0
-    wanted_squared: float = 0.0
+    expected_squared: float = 0.0
     moved_squared: float = 0.0
     infinite: int = 0
-    got: Distance = field(default_factory=Distance)
+    actual: Distance = field(default_factory=Distance)
     own: Distance | None = None
     ties: Distance | None = None
     moved: bool = False
 
     def add(
         self,
-        wanted: Array,
-        got: Array,
+        expected: Array,
+        actual: Array,
         own: Array | None,
         without: Array | None,
-        got_without: Array | None,
+        actual_without: Array | None,
         masks: Sequence[Array] = (),
         tied: Array | None = None,
     ) -> None:
         """Add one feed.
 
         Args:
-            wanted: Values of the reference.
-            got: Values of the candidate, of the same shape.
+            expected: Values of the reference.
+            actual: Values of the candidate, of the same shape.
             own: Values of PyTorch in the candidate's dtype.
             without: Values of the reference without the adapter.
-            got_without: Values of the candidate without the adapter, if it can run without it.
+            actual_without: Values of the candidate without the adapter, if it can run without it.
             masks: Masks of the feed, see `valid_positions`.
             tied: Values of PyTorch in the candidate's dtype with ties chosen the other way.
         """
-        valid = valid_positions(wanted.shape, masks)
-        exact = _positions(wanted, valid)
+        valid = valid_positions(expected.shape, masks)
+        exact = _positions(expected, valid)
         base = None if without is None else _positions(without, valid)
         self.values += exact.size
         self.positions += len(exact)
@@ -163,15 +163,15 @@ class Tally:
         self.infinite += infinite
         if infinite:
             # Nothing can be measured against infinite values; those of the candidate are counted too.
-            self.got.infinite += _infinite(_positions(got, valid))
+            self.actual.infinite += _infinite(_positions(actual, valid))
             return
-        self.wanted_squared += float(_squares(exact).sum())
+        self.expected_squared += float(_squares(exact).sum())
         if base is not None:
             self.moved_squared += float(_squares(exact - base).sum())
-        own_base = None if got_without is None else _positions(got_without, valid)
+        own_base = None if actual_without is None else _positions(actual_without, valid)
         if own_base is not None and _infinite(own_base):
             own_base = None  # the base state reports it
-        self._measure(self.got, exact, found=_positions(got, valid), base=base, found_base=own_base)
+        self._measure(self.actual, exact, found=_positions(actual, valid), base=base, found_base=own_base)
         if own is not None:
             self.own = self.own or Distance()
             self._measure(self.own, exact, found=_positions(own, valid), base=base, found_base=None)
@@ -208,23 +208,23 @@ class Tally:
             _add_logits(into, exact, found)
 
     @property
-    def wanted_norm(self) -> float:
+    def expected_norm(self) -> float:
         """Norm of the reference, ‖reference‖."""
-        return math.sqrt(self.wanted_squared)
+        return math.sqrt(self.expected_squared)
 
     def relative(self, of: Distance) -> float:
         """Return ‖difference‖ / ‖reference‖, or ‖difference‖ if the reference is zero."""
-        return math.sqrt(of.squared) / (self.wanted_norm or 1.0)
+        return math.sqrt(of.squared) / (self.expected_norm or 1.0)
 
     def worst(self, of: Distance) -> float:
         """Return the worst position's ‖difference‖ relative to the root mean square norm of the positions."""
-        mean = math.sqrt(self.wanted_squared / self.positions) if self.positions else 0.0
+        mean = math.sqrt(self.expected_squared / self.positions) if self.positions else 0.0
         return math.sqrt(of.worst_squared) / (mean or 1.0)
 
     @property
     def effect(self) -> float:
         """The adapter's effect, ‖with − without‖ / ‖with‖."""
-        return math.sqrt(self.moved_squared) / (self.wanted_norm or 1.0)
+        return math.sqrt(self.moved_squared) / (self.expected_norm or 1.0)
 
     def error_over_effect(self, of: Distance) -> float:
         """Return ‖difference‖ / ‖with − without‖, or Inf if the adapter has no effect."""
@@ -240,9 +240,9 @@ class Tally:
 
     def metrics(self, state: str, output: str) -> OutputMetrics:
         """Return the figures of the candidate."""
-        got, each = self.got, max(self.positions, 1)
-        lost = bool(got.infinite or self.infinite)
-        length = math.sqrt(got.norm_squared * self.wanted_squared)
+        actual, each = self.actual, max(self.positions, 1)
+        lost = bool(actual.infinite or self.infinite)
+        length = math.sqrt(actual.norm_squared * self.expected_squared)
 
         def shown(value: float) -> float:
             return math.nan if lost else value
@@ -251,19 +251,19 @@ class Tally:
         return OutputMetrics(
             state=state,
             output=output,
-            max_abs=shown(got.max_abs),
-            mean_abs=shown(got.sum_abs / max(self.values, 1)),
-            relative=shown(self.relative(got)),
-            worst_position=shown(self.worst(got)),
-            cosine=shown(got.dot / length if length else 1.0),
+            max_abs=shown(actual.max_abs),
+            mean_abs=shown(actual.sum_abs / max(self.values, 1)),
+            relative=shown(self.relative(actual)),
+            worst_position=shown(self.worst(actual)),
+            cosine=shown(actual.dot / length if length else 1.0),
             own_relative=None if self.own is None or self.own.infinite else self.relative(self.own),
             effect=self.effect if self.moved else None,
-            error_over_effect=shown(self.error_over_effect(got)) if has_effect else None,
-            kl=shown(got.kl / each) if self.logits else None,
-            top1=shown(got.top1 / each) if self.logits else None,
-            top5=shown(got.top5 / each) if self.logits else None,
+            error_over_effect=shown(self.error_over_effect(actual)) if has_effect else None,
+            kl=shown(actual.kl / each) if self.logits else None,
+            top1=shown(actual.top1 / each) if self.logits else None,
+            top5=shown(actual.top5 / each) if self.logits else None,
             positions=self.positions,
-            applied=shown(self.applied(got)) if has_effect else None,
+            applied=shown(self.applied(actual)) if has_effect else None,
         )
 
 

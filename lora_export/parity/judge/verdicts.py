@@ -97,7 +97,7 @@ class Judge:
         self, state: State, group: str, members: Mapping[str, Tally], worst_own: float | None
     ) -> list[Verdict]:
         counted = list(members.values())
-        norm = math.sqrt(sum(tally.wanted_squared for tally in counted)) or 1.0
+        norm = math.sqrt(sum(tally.expected_squared for tally in counted)) or 1.0
         effect = math.sqrt(sum(tally.moved_squared for tally in counted)) / norm
         ties = pooled_ties(counted)
         limit = limit_of(
@@ -137,11 +137,11 @@ class Judge:
 
         def share_of_limit(item: tuple[str, Tally]) -> float:
             # The limit is 0 where squares of the reference's values are infinite.
-            allowed, error = limit.of(item[0])[0], item[1].relative(item[1].got)
+            allowed, error = limit.of(item[0])[0], item[1].relative(item[1].actual)
             return error / allowed if allowed else math.inf
 
         relative = max(usable.items(), key=share_of_limit)
-        worst = max(usable.items(), key=lambda item: item[1].worst(item[1].got))
+        worst = max(usable.items(), key=lambda item: item[1].worst(item[1].actual))
         allowed, why = limit.of(relative[0])
         shown = f"{group} ({len(members)})" if len(members) > 1 else next(iter(members))
 
@@ -163,21 +163,21 @@ class Judge:
             verdict(
                 "relative error",
                 relative[0],
-                value=relative[1].relative(relative[1].got),
+                value=relative[1].relative(relative[1].actual),
                 largest=allowed,
                 why=why,
             ),
             verdict(
                 "worst position",
                 worst[0],
-                value=worst[1].worst(worst[1].got),
+                value=worst[1].worst(worst[1].actual),
                 largest=limit.worst,
                 why=limit.why_worst,
             ),
         ]
 
     def _within(self, state: str, group: str, members: Mapping[str, Tally], label: str) -> Verdict:
-        value = max(tally.got.beyond for tally in members.values())
+        value = max(tally.actual.beyond for tally in members.values())
         why = f"largest |difference| / (atol + rtol × |reference|), as given: {self.tolerance}"
         name = f"{label}tolerance"
         return Verdict(
@@ -213,7 +213,7 @@ class Judge:
         share = None if own is None else abs(tally.applied(own) - 1)
         ratio = None if own is None else tally.error_over_effect(own)
         ties = 0.0 if tally.ties is None else tally.error_over_effect(tally.ties)
-        value = abs(tally.applied(tally.got) - 1)
+        value = abs(tally.applied(tally.actual) - 1)
         codes = (0.0, "")
         if self.codes is not None:
             codes = self.codes.share(tally.effect, self.switches), self.codes.why
@@ -222,7 +222,7 @@ class Judge:
         )
         applied = value <= limit
         if not applied:
-            why = f"{tally.applied(tally.got):.3g} of the adapter's effect is there; {why}"
+            why = f"{tally.applied(tally.actual):.3g} of the adapter's effect is there; {why}"
         verdicts = [
             Verdict(
                 kind="effect",
@@ -237,7 +237,7 @@ class Judge:
         ]
         # A given tolerance allows for an error of the base, such as quantising, which the drift leaves out.
         whole = self.tolerance.auto and self.codes is None
-        value = (tally.error_over_effect if whole else tally.drift_over_effect)(tally.got)
+        value = (tally.error_over_effect if whole else tally.drift_over_effect)(tally.actual)
         if self.switches and codes[0]:
             codes = CODES_EFFECT * codes[0], f"{CODES_EFFECT:g} × {codes[1]}"
         limit, why = effect_limit(
@@ -312,7 +312,9 @@ def _unproven(state: str, output: str, why: str) -> Verdict:
 
 def usable_members(members: Mapping[str, Tally]) -> dict[str, Tally]:
     """Return the outputs without NaN and infinite values; the others have failed already."""
-    return {name: tally for name, tally in members.items() if not tally.got.infinite and not tally.infinite}
+    return {
+        name: tally for name, tally in members.items() if not tally.actual.infinite and not tally.infinite
+    }
 
 
 def groups(outputs: Mapping[str, Tally]) -> dict[str, dict[str, Tally]]:
@@ -336,7 +338,7 @@ def finite_verdicts(
     """
     problems, count = [], 0
     for output, tally in outputs.items():
-        for side, found in (("the candidate", tally.got.infinite), (right, tally.infinite)):
+        for side, found in (("the candidate", tally.actual.infinite), (right, tally.infinite)):
             if found:
                 count += found
                 problems.append(f"{output} of {side}: {found}")
