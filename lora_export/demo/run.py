@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from lora_export.demo.training import Trainer, require_packages, save_base, trai
 from lora_export.errors import OutputError
 from lora_export.modes.merge_onnx import merge_onnx
 from lora_export.progress import Say
+from lora_export.storage.free_space import refuse_small_disk
 from lora_export.storage.hashes import hash_folder
 from lora_export.storage.outputs import OutputSet, make_parent, output_errors
 from lora_export.storage.sums.seal import sealed_json
@@ -93,12 +93,7 @@ def check_output(output: Path, force: bool, needed_bytes: int = 0) -> bool:
     if exists(output) and not empty and not force:
         raise OutputError("the output exists already", "choose another name, or give --force", [str(output)])
     make_parent(output)
-    free = shutil.disk_usage(output.parent).free
-    if free < needed_bytes:
-        raise OutputError(
-            f"the demo needs {needed_bytes / 1e6:.0f} MB and {output.parent} has {free / 1e6:.0f} MB free",
-            "choose an --output on another disk",
-        )
+    refuse_small_disk(output.parent, needed_bytes, "the demo")
     return force or empty
 
 

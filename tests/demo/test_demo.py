@@ -168,7 +168,7 @@ def test_a_full_disk_is_refused_before_the_work(tmp_path: Path, monkeypatch: pyt
     class Usage:
         free = 1_000_000
 
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda _path: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage)
     with pytest.raises(run.OutputError, match="1 MB free"):
         run.run_demo(tmp_path / "out")
 

@@ -511,7 +511,8 @@ def test_full_disk_keeps_the_old_output(tmp_path, monkeypatch, call):
 def test_too_small_disk_is_seen_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     error = refused(OutputError, small_base(tmp_path / "base"), adapter_of(UP), tmp_path / "out")
-    assert "are needed" in error.message
+    assert "needs" in error.message
+    assert "0 MB free" in error.message
 
 
 # --- the command -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_export.base.capture.attach import Weights, stacked
 from lora_export.base.capture.attention import OPSET
 from lora_export.base.capture.cache import name_total
+from lora_export.base.capture.estimate import tell_and_refuse
 from lora_export.base.capture.export import (
     finish,
     first_line,
@@ -207,6 +208,8 @@ def _write_outlined(
         checkpoint = Checkpoint.open(path)
     except CheckpointError as error:  # other files than safetensors, which transformers may read
         raise CannotOutline(f"{path} can't be traced without its weights: {error.message}") from error
+    if not is_twin:
+        tell_and_refuse(path, output, way.dtype, in_outline=True, shares_weights=share_from is not None)
     if share_from is not None:
         _refuse_links_out(checkpoint, share_from)
     key = key_of(checkpoint, asdict(way) | {"proven": proven, "shared": share_from is not None})
@@ -252,6 +255,8 @@ def _write_outlined(
 def _write_loaded(path: Path, output: Path, way: Way, *, proven: bool, is_twin: bool = False) -> None:
     """Write a folder's graph, traced with its weights in memory."""
     is_diffusers = is_folder(path) and bool(diffusers_class(path))
+    if is_folder(path) and not is_twin:
+        tell_and_refuse(path, output, way.dtype, in_outline=False)
     # First, because it refuses a folder that lacks weights.
     graph, captured = _loaded(path, way)
     proof = _twin_proof(path, output, None if is_diffusers else look_at(path), way, proven=proven)

@@ -5,7 +5,6 @@ Sums are computed in float32 (float64 if the base's are) and rounded once to the
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from lora_export.modes.merging.checkpoint_files import (
 )
 from lora_export.modes.merging.checkpoint_layout import Layout, layout_of, pieces_of
 from lora_export.progress import tell_size
+from lora_export.storage.free_space import refuse_small_disk
 from lora_export.storage.rounding import Mode, Rounding, update
 from lora_export.storage.stream import nonfinite_error, write_pieces
 
@@ -78,7 +78,7 @@ class CheckpointMerge:
             OSError: The folder can't be written.
         """
         folder.mkdir()
-        _refuse_small_disk(folder, self.size_bytes)
+        refuse_small_disk(folder.parent, self.size_bytes, "the merged checkpoint")
         tell_size(self.size_bytes)
         roundings = _write_shards(self, folder, rounding, progress)
         dequantised = self.dtype is not None and bool(self.placed.quantised.scaled)
@@ -146,16 +146,6 @@ def _refuse_dequantising(quantised: Quantised, dtype: str) -> None:
             f"{quantised.checkpoint.folder} has {len(unknown)} quantised weights that can't be made {dtype}",
             "omit --dtype, or take the unquantised base",
             [*lines[:_EXAMPLES], *["…"] * (len(lines) > _EXAMPLES)],
-        )
-
-
-def _refuse_small_disk(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise OutputError(
-            f"the disk of {folder.parent} has {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are needed "
-            "(nothing was replaced)",
-            "free some space, or choose a folder on another disk",
         )
 
 
