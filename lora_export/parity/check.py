@@ -324,7 +324,7 @@ def _localise(
 
 
 def _notes(sides: Sides, comparison: Comparison) -> tuple[str, ...]:
-    notes = [*sides.notes, *sides.candidate.notes, *comparison.said, *comparison.laws.notes]
+    notes = [*sides.notes, *sides.candidate.notes, *comparison.all_notes, *comparison.laws.notes]
     return tuple(dict.fromkeys(notes))
 
 

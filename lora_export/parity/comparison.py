@@ -259,7 +259,7 @@ class Comparison:
         return FACTOR * tally.own.max_abs + (tally.ties.max_abs if tally.ties is not None else 0.0)
 
     @property
-    def said(self) -> list[str]:
+    def all_notes(self) -> list[str]:
         """Notes for the user, after all feeds."""
         if not self._near:
             return self.notes
