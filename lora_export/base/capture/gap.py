@@ -13,8 +13,8 @@ A graph whose record says that it takes padding on the right only is compared on
 for several rows; the cache of a padded row is its own there, which the steps behind it read.
 
 The limit is 2e-6 of the largest expected value (of a text of more than 64 tokens more, by the root of their
-number, which is 8e-6 for a thousand; in 16 bits, four units of their precision), or four times what PyTorch's
-own answers are away from those of the same weights in float64, whichever is larger.
+number, which is 8e-6 for a thousand; in 16 bits, four units of their precision), or eight times (in 16 bits,
+four times) what PyTorch's own answers are away from those of the same weights in float64, if that is larger.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ if TYPE_CHECKING:
     from lora_export.base.kinds.model_kind import ModelKind
 
 # Relative to the largest expected value; in 16 bits, in units of their precision.
-_EXACT, _EXACT_HALVES, _OWN = 2e-6, 4, 4
+_EXACT, _EXACT_HALVES = 2e-6, 4
+# Times PyTorch's own error. Sums in float32 in different orders can be far apart: over a thousand tokens of
+# a T5, whose scores have no scale, ONNX Runtime was 4.7 times as far from PyTorch on one kind of processor.
+_OWN, _OWN_HALVES = 8, 4
 # As many times as much, where there is no answer in float64 to measure PyTorch's own error with.
 _WITHOUT_OWN = 5
 # Tokens of the steps behind a prompt.
@@ -177,7 +180,8 @@ def _worst(expected: Answers, actual: Answers, exact: Answers, *, least: Sequenc
             error = _distance(got[name], wanted)
             limit = _WITHOUT_OWN * least[number]
             if exact and name in exact[number]:
-                limit = max(least[number], _OWN * _distance(wanted, exact[number][name]))
+                times = _OWN_HALVES if wanted.dtype.itemsize == 2 else _OWN
+                limit = max(least[number], times * _distance(wanted, exact[number][name]))
             count = sum(map(bool, expected))
             gap = Gap(error=error, limit=limit, output=f"{name} of run {number + 1}", runs=count)
             if worst is None or not error / limit <= worst.error / worst.limit:
