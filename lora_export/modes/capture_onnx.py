@@ -156,6 +156,8 @@ def capture(
             trace=trace,
             fused=fused,
             runtime=runtime,
+            # Sums of stored weights are not in the checkpoint's files.
+            packed=not share_base,
             proven=twin,
             share_from=graph.parent if share_base else None,
         )

@@ -267,6 +267,31 @@ def test_a_folder_is_merged_at_once(make, tmp_path):
     assert report.passed, report
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"bias": "all", "target_modules": ["q_proj", "up_proj"]}, id="biases"),
+        pytest.param({"modules_to_save": ["q_proj"], "target_modules": ["v_proj"]}, id="a projection whole"),
+    ],
+)
+def test_what_an_adapter_replaces_of_a_packed_projection(settings, tmp_path):
+    model = saved(qwen2, tmp_path / "base")
+    peft = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **settings))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    peft.save_pretrained(tmp_path / "a")
+    capture_onnx(tmp_path / "base", tmp_path / "b.onnx", kv_cache=True, runtime="ort-cuda")
+    assert not [name for name in load_graph(tmp_path / "b.onnx").graph.initializers if "q_proj" in name]
+    merge_onnx(tmp_path / "b.onnx", tmp_path / "a", tmp_path / "m.onnx")
+    base = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "base")
+    check_equal(
+        of_graph(tmp_path / "m.onnx"), of_torch(PeftModel.from_pretrained(base, tmp_path / "a").eval())
+    )
+
+
 def test_a_session_swaps_adapters(llama_graph, tmp_path):
     swap_onnx(llama_graph / "base.onnx", tmp_path / "swap.onnx", adapter=llama_graph / "a")
     session = AdapterSession(tmp_path / "swap.onnx")
