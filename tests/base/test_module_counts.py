@@ -150,8 +150,9 @@ def test_what_else_transformers_reads_of_a_folder(name, text, says, tmp_path):
     for folder in ("good", "base"):
         transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / folder)
     (tmp_path / "base" / name).write_text(text)
+    # Twice, because the first takes 20 MB that stay.
     ((code, _, said, peak, seconds),) = peaks.measured(
-        [["capture-onnx", tmp_path / "good", "-o", tmp_path / "good.onnx"]],
+        [["capture-onnx", tmp_path / "good", "-o", tmp_path / f"{number}.onnx"] for number in range(2)],
         [["capture-onnx", tmp_path / "base", "-o", tmp_path / "m.onnx"]],
     )
     assert code == (1 if says else 0)

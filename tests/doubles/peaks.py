@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import io
 import json
-import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import preloaded
 
 # The limit that every reader keeps: ten times the file, and what a small one takes.
 SMALL_BYTES, FACTOR = 50_000_000, 10
 
-# The high-water mark is set back once, after a harmless run has imported all that the verb needs.
-_SCRIPT = """
-import contextlib, gc, io, json, sys, time
-from lora_export.cli import main
-
-def run(arguments):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main(arguments)
-        except SystemExit as stop:
-            return stop.code, out.getvalue()[:20000], err.getvalue()[:20000]
-
-def memory(key):
-    for line in open("/proc/self/status"):
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-
-warm, runs = json.loads(sys.stdin.read())
-for arguments in warm:
-    code, _, err = run(arguments)
-    assert code == 0, err
-start = memory("VmRSS")
-for arguments in runs:
-    gc.collect()  # what a run left in cycles is not the next one's
-    open("/proc/self/clear_refs", "w").write("5")
-    begin = time.monotonic()
-    code, out, err = run(arguments)
-    seconds = time.monotonic() - begin
-    print(json.dumps([code, out, err, memory("VmHWM") - start, seconds]), flush=True)
-"""
+_SHOWN = 20_000
 
 
 def measured(
@@ -50,18 +26,48 @@ def measured(
 ) -> list[tuple[int, str, str, int, float]]:
     """Return exit code, stdout, stderr, peak in bytes and seconds of each run.
 
+    They run in a fork of a process that has all of lora-export and its libraries loaded.
+
     Args:
         warm: Arguments of harmless runs.
         runs: Arguments of the runs to measure.
     """
     job = json.dumps([[[str(word) for word in one] for one in part] for part in (warm, runs)])
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT], input=job, capture_output=True, text=True, check=False, timeout=300
-    )
+    done = preloaded.run([], input=job, timeout_s=300, entry="peaks:measure_here")
     assert done.returncode == 0, done.stderr[-2000:]
     found = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
     assert len(found) == len(runs)
     return found
+
+
+def measure_here(_arguments: Sequence[str]) -> None:
+    """Do in this process what `measured` asks for on stdin."""
+    warm, runs = json.loads(sys.stdin.read())
+    for arguments in warm:
+        code, _, said = _run(arguments)
+        assert code == 0, said
+    start = _status("VmRSS")
+    for arguments in runs:
+        gc.collect()  # what a run left in cycles is not the next one's
+        # The high-water mark is set back once a harmless run has touched all that the verb needs.
+        Path("/proc/self/clear_refs").write_text("5")
+        begin = time.monotonic()
+        code, out, said = _run(arguments)
+        seconds = time.monotonic() - begin
+        sys.stdout.write(json.dumps([code, out, said, _status("VmHWM") - start, seconds]) + "\n")
+
+
+def _run(arguments: Sequence[str]) -> tuple[Any, str, str]:
+    from lora_export.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    code = None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue()[:_SHOWN], err.getvalue()[:_SHOWN]
 
 
 @contextmanager

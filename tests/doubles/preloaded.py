@@ -36,8 +36,18 @@ def run(
     env: Mapping[str, str] | None = None,
     input: str = "",
     timeout_s: int = 600,
+    entry: str = "lora_export.cli:main",
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line as `subprocess.run` would, stdout and stderr captured as text."""
+    """Run the command line as `subprocess.run` would, stdout and stderr captured as text.
+
+    Args:
+        arguments: Of the command line.
+        cwd: Folder to run in; None: the current one.
+        env: Environment; None: this process's.
+        input: Text on stdin.
+        timeout_s: Seconds after which the run is ended by SIGALRM.
+        entry: Function that takes the arguments, ``module:name``.
+    """
     words = [str(word) for word in arguments]
     with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
@@ -45,7 +55,7 @@ def run(
         streams[0].seek(0)
         where, settings = str(cwd or Path.cwd()), dict(os.environ if env is None else env)
         numbers = [stream.fileno() for stream in streams]
-        code = asked(process(), words, where, settings, numbers, timeout_s)
+        code = asked(process(), words, where, settings, numbers, timeout_s, entry)
         for stream in streams[1:]:
             stream.seek(0)
         return subprocess.CompletedProcess(words, code, *(stream.read().decode() for stream in streams[1:]))
@@ -58,11 +68,12 @@ def asked(
     env: Mapping[str, str],
     streams: Sequence[int] = (0, 1, 2),
     timeout_s: int = 600,
+    entry: str = "lora_export.cli:main",
 ) -> int:
     """Ask the process at an address for a run; return its exit code, negative for a signal."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(address)
-        request = json.dumps([list(arguments), cwd, dict(env), timeout_s]).encode()
+        request = json.dumps([list(arguments), cwd, dict(env), timeout_s, entry]).encode()
         assert len(request) < _MOST_BYTES
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _MOST_BYTES)
         rights = array.array("i", streams)
@@ -146,7 +157,7 @@ def _load() -> None:
 def _begun(connection: socket.socket, others: Sequence[socket.socket]) -> int:
     """Begin the run that is asked for; return the number of its process."""
     request, streams, _, _ = socket.recv_fds(connection, _MOST_BYTES, 3)
-    arguments, cwd, env, timeout_s = json.loads(request)
+    arguments, cwd, env, timeout_s, entry = json.loads(request)
     child = os.fork()
     if not child:
         for other in (connection, *others):
@@ -154,15 +165,15 @@ def _begun(connection: socket.socket, others: Sequence[socket.socket]) -> int:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
-        os._exit(_main(arguments, cwd, env, timeout_s))
+        os._exit(_main(arguments, cwd, env, timeout_s, entry))
     for stream in streams:
         os.close(stream)
     return child
 
 
-def _main(arguments: list[str], cwd: str, env: dict[str, str], timeout_s: int) -> int:
-    from lora_export.cli import main
-
+def _main(arguments: list[str], cwd: str, env: dict[str, str], timeout_s: int, entry: str) -> int:
+    module, _, name = entry.partition(":")
+    main = getattr(importlib.import_module(module), name)
     signal.alarm(timeout_s)
     os.chdir(cwd)
     os.environ.clear()
