@@ -486,6 +486,11 @@ FAMILIES = {
     "GPT2LMHeadModel": ("GPT2Config", {}, ["activation_function", "scale_attn_weights"]),
     "Gemma3ForCausalLM": ("Gemma3TextConfig", {}, ["head_dim", "query_pre_attn_scalar", "rope_parameters"]),
     "Qwen3ForCausalLM": ("Qwen3Config", {}, ["head_dim", "attention_bias"]),
+    # A router whose groups have experts enough to choose from.
+    "DeepseekV3ForCausalLM": (
+        *("DeepseekV3Config", {"num_hidden_layers": 5}),
+        ["n_group", "topk_group", "num_experts_per_tok", "kv_lora_rank"],
+    ),
     "OPTForCausalLM": ("OPTConfig", {}, ["do_layer_norm_before", "activation_function"]),
     "BertForSequenceClassification": ("BertConfig", {}, ["type_vocab_size", "hidden_act"]),
     "T5ForConditionalGeneration": ("T5Config", {}, ["d_kv", "relative_attention_num_buckets"]),
@@ -502,6 +507,8 @@ def test_a_twin_is_small_and_of_the_same_kind(name, tmp_path):
     assert [getattr(small, key) for key in kept] == [getattr(config, key) for key in kept]
     twin.save_twin(kind, small, tmp_path / "twin", tmp_path)
     made = kind.from_pretrained(tmp_path / "twin")
+    if made.main_input_name == "input_ids" and made.can_generate() and not small.is_encoder_decoder:
+        assert made(torch.arange(7)[None]).logits.shape == (1, 7, small.vocab_size)
     assert sum(parameter.numel() for parameter in made.parameters()) < 16e6
     layers = find_stacks(*build_outline(kind, small, torch.float32))
     assert len(layers) == len(stacks)

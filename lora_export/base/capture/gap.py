@@ -137,11 +137,12 @@ def measure_gap(graph: Path, model: Any, kind: ModelKind, example: Feeds, *, par
         runs = list(
             _cached_runs(kind, model, example, is_right) if has_cache else _plain_runs(kind, model, example)
         )
-    # A run may change what a module does later: the second one begins as the first did.
-    second = copy.deepcopy(model)
+    # A run may change what a module does later: the second one begins as the first did, with its weights.
+    second = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     answers = [ask(model, runs)]
     renamed = DECODER_INPUTS if part == "decoder" else {}
     answers.append(_of_graph(session, runs, answers[0], has_cache, renamed=renamed))
+    del session
     is_half = model.dtype.itemsize == 2
     exact = _EXACT_HALVES * torch.finfo(model.dtype).eps if is_half else _EXACT
     try:

@@ -87,9 +87,11 @@ def _narrow(config: Any) -> None:
         if hidden and hidden % heads == 0:
             each = hidden // heads
             # Where heads have a size of their own, the width is free.
-            is_free = _number(config, "head_dim") not in (None, each)
+            is_free = "head_dim" in vars(config) and _number(config, "head_dim") is not None
             changes["hidden_size"] = changes["num_attention_heads"] * (min(each, _WIDTH) if is_free else each)
-    changes |= dict.fromkeys(_MLPS, _MLP) | dict.fromkeys(_EXPERTS, _MOST_EXPERTS)
+    # A router chooses among groups of experts by their best two.
+    chosen = (_number(config, "num_experts_per_tok") or 0, 2 * (_number(config, "n_group") or 0))
+    changes |= dict.fromkeys(_MLPS, _MLP) | dict.fromkeys(_EXPERTS, max(_MOST_EXPERTS, *chosen))
     changes |= dict.fromkeys(_WINDOWS, _WINDOW) | {"vocab_size": _VOCABULARY}
     # Sizes that are the width under another name, such as an embedding's before its projection.
     same = [name for name, value in vars(config).items() if value == hidden and "position" not in name]
