@@ -129,7 +129,7 @@ def bank_onnx(
     if (halves := open_halves(base, kv_cache)) is not None:
         raise OutputError(
             f"{halves.described}, and bank-onnx writes one",
-            "leave out --kv-cache (kv_cache=True), or write both with swap-onnx",
+            "omit --kv-cache (kv_cache=True), or write both with swap-onnx",
         )
     with open_base(base, out, loaded.values(), options) as (opened, paths):
         resolver = Resolver(opened.graph, opened.weight_of, branches=True)

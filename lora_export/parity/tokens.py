@@ -57,7 +57,7 @@ def check_decoder(
     if "input_ids" not in names or "logits" not in outputs or strange:
         raise BackendError(
             f"{where} is not a decoder that generates text: it has to read input_ids and to return logits",
-            "leave out --generate",
+            "omit --generate",
             [f"input {name}: not known to a decoder" for name in strange],
         )
 

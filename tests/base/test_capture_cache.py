@@ -219,7 +219,7 @@ def test_models_without_a_cache_are_refused(arch, tmp_path, capsys):
     assert _run(["swap-onnx", *arguments, "-o", str(tmp_path / "m.onnx")], False) == 1
     said = capsys.readouterr().err
     assert "no key-value cache" in said
-    assert "leave out --kv-cache" in said
+    assert "omit --kv-cache" in said
     assert not list(tmp_path.iterdir())
 
 

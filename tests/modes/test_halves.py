@@ -191,7 +191,7 @@ def test_a_bank_of_two_graphs_is_refused(tmp_path, capsys):
     given = ["--base", str(halves.checkpoint("t5")), "--adapter", f"a={halves.adapter('t5')}"]
     assert _run(["bank-onnx", *given, "--kv-cache", "-o", str(tmp_path / "m.onnx")], False) == 1
     said = capsys.readouterr().err
-    assert "leave out --kv-cache" in said
+    assert "omit --kv-cache" in said
     assert "bank-onnx writes one" in said
     assert not list(tmp_path.iterdir())
 
@@ -205,7 +205,7 @@ def test_an_encoder_decoder_that_generates_nothing_is_one_model_without_a_cache(
     assert _run(["capture-onnx", *arguments], False) == 1
     said = capsys.readouterr().err
     assert kind in said
-    assert "leave out --kv-cache" in said
+    assert "omit --kv-cache" in said
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _PAST = 5  # Tokens in the example's cache: a size that no other dimension of the example has.
 _LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
-_LEAVE_OUT = "leave out --kv-cache (kv_cache=True)"
+_LEAVE_OUT = "omit --kv-cache (kv_cache=True)"
 
 
 def switch_cache(model: Any, used: bool) -> None:

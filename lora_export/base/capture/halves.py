@@ -234,12 +234,12 @@ def _refuse_other_answers(model: Any, example: Mapping[str, Any], wanted: torch.
         raise CheckpointError(
             f"{where}: the decoder of {type(model).__name__} reads more of the encoder than keys and values "
             f"(without it, relative difference {gap:.2g})",
-            "leave out --kv-cache (kv_cache=True)",
+            "omit --kv-cache (kv_cache=True)",
         )
 
 
 def _no_cache(name: str, where: str) -> CheckpointError:
     return CheckpointError(
         f"{where}: {name} has no key-value cache of an encoder and a decoder",
-        "leave out --kv-cache (kv_cache=True)",
+        "omit --kv-cache (kv_cache=True)",
     )
