@@ -126,7 +126,7 @@ def capture(
     if choice is not None and share_base:
         raise _codes_are_new()
     graph = Path(output)
-    pipeline = open_several(Path(checkpoint), kv_cache)
+    pipeline = open_several(Path(checkpoint), kv_cache, graph)
     if pipeline is not None:
         given = {"--share-base": share_base, "--quantize": choice is not None}
         if pipeline.index:

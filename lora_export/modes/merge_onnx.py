@@ -31,8 +31,8 @@ from lora_export.modes.merging.checkpoint_files import small_files
 from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
 from lora_export.modes.merging.into_graph import mark_merged, plan_changes
 from lora_export.modes.merging.report import MergeReport
-from lora_export.modes.pipelines.halves import merge_halves
 from lora_export.modes.pipelines.merge import merge_pipeline
+from lora_export.modes.pipelines.parts import merge_parts
 from lora_export.modes.quantising.choice import choice_of
 from lora_export.modes.quantising.quantise import Quantising, packages_of, quantise
 from lora_export.plan import Plan
@@ -115,11 +115,11 @@ def merge_onnx(
     loaded, factors = check_blend(adapters, weights, component)
     # A merged weight gets no branches beside it.
     options = replace(WriteOptions.among(locals()), packed=True)
-    several = open_several(base, kv_cache)
+    several = open_several(base, kv_cache, out)
     if several is None:
         return _merge_one(base, out, loaded, factors, rounding=rounding, options=options)
     if not several.index:
-        return merge_halves(several, out, loaded, factors, rounding=rounding, options=options)
+        return merge_parts(several, out, loaded, factors, rounding=rounding, options=options)
     return merge_pipeline(
         several, out, loaded, factors, rounding=rounding, options=options, merge_one=_merge_one
     )

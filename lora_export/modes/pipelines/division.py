@@ -1,0 +1,111 @@
+"""Divide adapters between the graphs that one model becomes.
+
+Rules:
+
+1. A module goes into each graph that reads its weight: cross-attention's keys and values are the
+   encoder's, an embedding of both may be in both.
+2. A module that all graphs lack is refused with the last one: the model does not read it.
+3. The LoRA record of each graph names the modules that are in others alone, so that the same adapter binds to
+   all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from lora_export.adapter import Adapter
+from lora_export.errors import SiteError
+from lora_export.formats.reading.scope import only_some
+from lora_export.formats.schemes import fitted
+from lora_export.graph.onnx_file import GraphFile
+from lora_export.sites.resolve import Resolver
+from lora_export.sites.target import BaseWeights, Target, targets_of
+
+# Kinds of misses of a module that is in another graph: neither its weight nor a reader of it is here.
+_ABSENT = ("not found", "unused")
+# Adapters for a graph, and the paths of the modules that are in others alone.
+Share = tuple[Sequence[Adapter], Sequence[str]]
+
+
+@dataclass(kw_only=True)
+class Division:
+    """Division of adapters between the graphs, in their order.
+
+    Attributes:
+        adapters: The adapters.
+        graphs_left: Number of graphs that were not seen yet.
+        allow_unmatched: Leave modules to the last graph that none has, instead of refusing them.
+        taken: Paths of each adapter's targets that the graphs before have.
+        lost: Paths of targets that no graph has.
+    """
+
+    adapters: Sequence[Adapter]
+    graphs_left: int
+    allow_unmatched: bool
+    taken: list[set[str]] = field(init=False)
+    lost: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Begin with nothing taken."""
+        self.taken = [set() for _ in self.adapters]
+
+    def share(self, graph: GraphFile, weight_of: BaseWeights | None) -> Share:
+        """Return what goes into the next graph, and the paths of what is in others alone.
+
+        Args:
+            graph: The graph.
+            weight_of: Weights of the folder that it is from.
+
+        Raises:
+            SiteError: It is the last one, and there are modules that none of them has.
+        """
+        self.graphs_left -= 1
+        resolver = Resolver(graph, weight_of, branches=True)
+        # A graph of ours has its names, and a search by value for what it lacks takes minutes.
+        by_name = Resolver(graph, None, branches=True)
+        parts, elsewhere = [], dict[str, None]()
+        for given, taken in zip(self.adapters, self.taken, strict=True):
+            adapter = fitted(given, resolver.known, [])
+            targets = targets_of(adapter)
+            _, misses = by_name.resolve(targets, adapter.flattened, adapter.scope)
+            lost = [miss.target for miss in misses if miss.kind in _ABSENT]
+            # Of tied weights the graph has one name.
+            if tied := _tied(lost, adapter, weight_of):
+                _, misses = resolver.resolve(tied, adapter.flattened, adapter.scope)
+                lost = [target for target in lost if target not in tied]
+                lost += [miss.target for miss in misses if miss.kind in _ABSENT]
+            absent = {target.path for target in lost}
+            if not self.graphs_left:  # rule 2
+                self._refuse_lost(given, absent - taken, len(targets))
+                absent &= taken
+            own = {target.path for target in targets} - absent
+            taken |= own
+            elsewhere |= dict.fromkeys(sorted(absent))
+            if own:
+                parts.append(_part(adapter, own))
+        return parts, tuple(elsewhere)
+
+    def _refuse_lost(self, adapter: Adapter, lost: set[str], count: int) -> None:
+        self.lost += sorted(lost)
+        if lost and not self.allow_unmatched:
+            raise SiteError(
+                f"adapter {adapter.name!r} has {len(lost)} modules that none of the graphs reads (of {count} "
+                "parameters): the model computes without them",
+                "--allow-unmatched (allow_unmatched=True) goes on without them",
+                sorted(lost),
+            )
+
+
+def _tied(targets: Sequence[Target], adapter: Adapter, weight_of: BaseWeights | None) -> list[Target]:
+    if weight_of is None or not targets:
+        return []
+    stored = weight_of.for_adapter([target.named for target in targets], adapter.flattened, adapter.scope)
+    return [target for target in targets if stored.is_tied(target)]
+
+
+def _part(adapter: Adapter, paths: set[str]) -> Adapter:
+    modules = [key for key, module in adapter.modules.items() if module.path in paths]
+    others = [path for path in (*adapter.extras, *adapter.token_rows) if path.rpartition(".")[0] in paths]
+    # Without the note that the rest is ignored: it goes into another graph.
+    return replace(only_some(adapter, modules, others, "not here"), notes=adapter.notes)
