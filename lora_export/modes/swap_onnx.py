@@ -82,7 +82,8 @@ def swap_onnx(
 
     Args:
         base: An ONNX file from any exporter, or a Hugging Face checkpoint folder, which is then captured.
-        output: The ``.onnx`` file to write; the folder of an encoder–decoder's graphs with ``kv_cache``.
+        output: The ``.onnx`` file to write; with ``kv_cache``, the folder of the graphs of an encoder–decoder
+            or a vision–language model. Of the last one, a file is its language model alone.
         adapter: Adapter, or adapters, whose targets are exposed; others of the same modules fit as well.
         target_modules: Names of further modules to expose, whose path is, or ends in, one of these (PEFT's
             ``target_modules``).
@@ -98,7 +99,7 @@ def swap_onnx(
             one that an adapter names as its base, if it is on this machine; False: names alone.
         dtype: Dtype of a captured folder: ``float32`` (the default), ``float16`` or ``bfloat16``.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs; an encoder–decoder as two
-            graphs, each with the modules whose weights it reads.
+            graphs, a vision–language model as three, each with the modules whose weights it reads.
         fused: Capture attention, rotary embeddings and RMS norms as one node each (opset 23).
         runtime: Runtime that a captured folder is lowered for, as for `capture_onnx`.
         quantize: Quantise the written weights to ``int4`` or ``int8`` as `quantize_onnx` does by default,
