@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from lora_export import CheckpointError, GraphError, SiteError, capture_onnx, merge_onnx, swap_onnx, verify
 from lora_export.base.capture import prove
 from lora_export.base.capture.capture import capture_checkpoint
+from lora_export.base.capture.twin import small_config
 from lora_export.cli import _run
 from lora_export.graph.captured import Captured
 from lora_export.graph.proof import Proof
@@ -298,3 +299,9 @@ def test_attention_as_one_node_answers_the_same(arch, tmp_path):
         nodes = [node.op_type for node in graph_of(tmp_path / "m", part).graph.node]
         assert ("Attention" in nodes) == bool(count)
     agrees(models.run(tmp_path / "m", arch), models.reference(models.build(arch), arch))
+
+
+def test_the_image_token_of_a_twin_is_in_its_vocabulary():
+    config = transformers.LlavaConfig(image_token_index=32000, pad_token_id=32001)
+    small = small_config(config, [])
+    assert small.image_token_id < small.text_config.vocab_size < 32000

@@ -38,7 +38,12 @@ from lora_export.base.capture.half_gap import (
     encoder_answers,
     is_start,
 )
-from lora_export.base.capture.vision_language_gap import feature_answers, joined_answers, whole_runs
+from lora_export.base.capture.vision_language_gap import (
+    embedding_answers,
+    feature_answers,
+    text_answers,
+    whole_runs,
+)
 from lora_export.base.parts import VISION_LANGUAGE, Part
 from lora_export.errors import GraphError
 from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, SEQUENCE, Captured
@@ -80,8 +85,8 @@ _ANSWERS: dict[Part, Ask] = {
     "encoder": encoder_answers,
     "decoder": decoder_answers,
     "vision": feature_answers,
-    "embedding": joined_answers,
-    "text": joined_answers,
+    "embedding": embedding_answers,
+    "text": text_answers,
 }
 
 

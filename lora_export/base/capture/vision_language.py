@@ -78,10 +78,10 @@ def take_part(model: Any, inputs: Mapping[str, Any], *, part: Part, where: str) 
     """
     if not hasattr(model.base_model, "language_model"):
         raise whole_only(where, type(model).__name__, "it has no language model that reads embeddings")
-    outputs, embeds = run_whole(model, inputs)
-    features = features_of(model, inputs[_PIXELS])
     if part == "vision":
         return _vision(model, inputs[_PIXELS])
+    outputs, embeds = run_whole(model, inputs)
+    features = features_of(model, inputs[_PIXELS])
     if part == "embedding":
         traced = _embedding(model, inputs, features)
         _refuse_other_answers(model, traced.inputs, embeds, where)

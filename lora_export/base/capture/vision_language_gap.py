@@ -61,10 +61,27 @@ def feature_answers(model: Any, runs: Sequence[Feeds]) -> Answers:
     return [{"image_features": features_of(model, run[_PIXELS])} for run in runs]
 
 
-def joined_answers(model: Any, runs: Sequence[Feeds]) -> Answers:
-    """Return what the graphs of embeddings and of the language model have to answer, and what they read."""
+def embedding_answers(model: Any, runs: Sequence[Feeds]) -> Answers:
+    """Return what the graph of embeddings has to answer, and the features that it reads."""
     import torch
 
+    found = []
+    for run, answer in zip(runs, text_answers(model, runs), strict=True):
+        embeds = answer.get("inputs_embeds")
+        if embeds is None:
+            found.append(answer)
+            continue
+        features = (
+            features_of(model, run[_PIXELS])
+            if _PIXELS in run
+            else torch.zeros(0, embeds.shape[-1], dtype=embeds.dtype)
+        )
+        found.append({"inputs_embeds": embeds, "image_features": features})
+    return found
+
+
+def text_answers(model: Any, runs: Sequence[Feeds]) -> Answers:
+    """Return what the graph of the language model has to answer, and the embeddings that it reads."""
     found: Answers = []
     past: Any = None
     for run in runs:
@@ -79,12 +96,7 @@ def joined_answers(model: Any, runs: Sequence[Feeds]) -> Answers:
             found.append({})
             continue
         past = outputs["past_key_values"]
-        features = (
-            features_of(model, run[_PIXELS])
-            if _PIXELS in run
-            else torch.zeros(0, embeds.shape[-1], dtype=embeds.dtype)
-        )
-        found.append({"logits": outputs["logits"], "inputs_embeds": embeds, "image_features": features})
+        found.append({"logits": outputs["logits"], "inputs_embeds": embeds})
     return found
 
 
