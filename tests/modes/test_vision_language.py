@@ -244,6 +244,19 @@ def test_a_module_that_the_model_lacks_is_refused_before_a_capture(verb, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@each("aya", "internvl")
+def test_the_capture_itself_compares_other_families(arch):
+    for part in models.PARTS:
+        assert Proof.from_metadata(metadata(models.captured(arch), part)).of == "model"
+
+
+def test_a_model_without_features_of_images_is_refused(tmp_path):
+    """Llama 4 projects what its tower answers in its own forward."""
+    with pytest.raises(CheckpointError, match="its get_image_features gives no features of pixels alone"):
+        capture_onnx(models.checkpoint("llama4"), tmp_path / "m", kv_cache=True)
+    assert not list(tmp_path.iterdir())
+
+
 UNCUT = {
     "Qwen2VLForConditionalGeneration": "beside the pixels, it reads image_grid_thw",
     "LlavaNextForConditionalGeneration": "beside the pixels, it reads image_sizes",

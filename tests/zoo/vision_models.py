@@ -67,8 +67,40 @@ def _gemma3() -> Any:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
-_MADE = {"llava": _llava, "gemma3": _gemma3}
-ARCHS = tuple(_MADE)
+def _aya() -> Any:
+    kinds = ["sliding_attention", "full_attention"]
+    config = transformers.AyaVisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**_VISION, vision_use_head=False),
+        text_config=transformers.Cohere2Config(**_TEXT, sliding_window=5, layer_types=kinds),
+        image_token_index=IMAGE,
+        downsample_factor=2,
+        alignment_intermediate_size=64,
+    )
+    return transformers.AyaVisionForConditionalGeneration(config)
+
+
+def _internvl() -> Any:
+    tower = _VISION | {"image_size": [28, 28], "patch_size": [7, 7]}
+    config = transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(**tower),
+        text_config=transformers.Qwen2Config(**_TEXT),
+        image_token_id=IMAGE,
+        image_seq_length=EACH,
+    )
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+def _llama4() -> Any:
+    width = {f"{name}_dim": WIDTH for name in ("vision_output", "projector_input", "projector_output")}
+    tower = _VISION | {"intermediate_size": 4 * WIDTH, "patch_size": 7} | width
+    text = _TEXT | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    config = transformers.Llama4Config(vision_config=tower, text_config=text, image_token_index=IMAGE)
+    return transformers.Llama4ForConditionalGeneration(config)
+
+
+# The first two are run in all tests.
+_MADE = {"llava": _llava, "gemma3": _gemma3, "aya": _aya, "internvl": _internvl, "llama4": _llama4}
+ARCHS = ("llava", "gemma3")
 
 
 @functools.cache

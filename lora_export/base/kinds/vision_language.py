@@ -41,8 +41,11 @@ class VisionLanguage(TokenKind):
         """Return texts with an image, and the images."""
         import torch
 
+        image = getattr(model.config, "image_token_id", None)
+        if image is None:
+            raise whole_only(folder, type(model).__name__, "its config names no token for images")
         pixels = images(model, model.config.vision_config, folder)
-        image, count = model.config.image_token_id, _tokens_each(self, model, pixels)
+        count = _tokens_each(self, model, pixels, folder)
         text = token_ids(model, len(pixels), _BEFORE + _BEHIND)
         text = torch.where(text == image, text - 1, text)
         row = torch.full((len(pixels), count), image, dtype=text.dtype)
@@ -112,13 +115,17 @@ def features_of(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         return whole.reshape(-1, whole.shape[-1])
 
 
-def _tokens_each(kind: VisionLanguage, model: Any, pixels: torch.Tensor) -> int:
+def _tokens_each(kind: VisionLanguage, model: Any, pixels: torch.Tensor, folder: Path) -> int:
     """Return the number of tokens of an image, which a copy of the model without values tells."""
     import torch
 
     with torch.device("meta"):
         twin = model if model.device.type == "meta" else kind.twin(model).eval()
-        found = features_of(twin, torch.zeros(pixels.shape, dtype=pixels.dtype))
+        try:
+            found = features_of(twin, torch.zeros(pixels.shape, dtype=pixels.dtype))
+        except Exception as error:  # of the model's own code
+            reason = f"its {_FEATURES} gives no features of pixels alone"
+            raise whole_only(folder, type(model).__name__, reason) from error
     return int(found.shape[0]) // len(pixels)
 
 
