@@ -10,6 +10,7 @@ import tiny
 import torch
 import transformers
 import vision_models as models
+from peft import PeftModel
 from safetensors.numpy import load_file
 
 from lora_export import CheckpointError, GraphError, SiteError, capture_onnx, merge_onnx, swap_onnx, verify
@@ -155,6 +156,19 @@ def test_an_image_behind_a_past_is_seen_as_by_the_whole_model(arch):
     assert tiny.relative_error(models.in_two_calls(models.captured(arch), given), wanted) < TOLERANCE
     # Its tokens see each other.
     assert tiny.relative_error(one_way, wanted) > 1e3 * TOLERANCE
+
+
+@each("llava")
+def test_an_adapter_of_the_language_model_alone_is_not_the_towers(arch, tmp_path):
+    """The tower has layers of the same names, if these begin with ``layers``."""
+    adapter = models.adapter_of_language_model(arch)
+    swap(models.checkpoint(arch), adapter, tmp_path / "m", kv_cache=True)
+    fed = {part: exposed.tensors(tmp_path / "m" / f"{part}.onnx", adapter) for part in models.PARTS}
+    assert [len(fed[part]) for part in models.PARTS] == [0, 0, 4]
+    model = models.build(arch)
+    with tiny.quiet():
+        PeftModel.from_pretrained(model.model.language_model, adapter)
+    agrees(models.run(tmp_path / "m", arch, fed), models.reference(model, arch))
 
 
 @each("llava")

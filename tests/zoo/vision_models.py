@@ -176,6 +176,17 @@ def adapter(arch: str, targets: str = "") -> Path:
     return folder
 
 
+@functools.cache
+def adapter_of_language_model(arch: str) -> Path:
+    """Return the folder of an adapter whose paths begin inside of the language model."""
+    folder = tiny.cache_folder() / "vision-language" / f"{arch}-language-model-adapter"
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(6)
+    with tiny.quiet():
+        get_peft_model(build(arch).model.language_model, config).save_pretrained(folder)
+    return folder
+
+
 def adapted(arch: str, folder: Path | None = None) -> Any:
     """Return the model with an adapter, as PEFT computes it."""
     with tiny.quiet():

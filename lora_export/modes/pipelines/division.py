@@ -11,7 +11,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from lora_export.adapter import Adapter
@@ -61,21 +61,12 @@ class Division:
             SiteError: It is the last one, and there are modules that none of them has.
         """
         self.graphs_left -= 1
-        resolver = Resolver(graph, weight_of, branches=True)
-        # A graph of ours has its names, and a search by value for what it lacks takes minutes.
-        by_name = Resolver(graph, None, branches=True)
+        finder = _Finder(graph, weight_of)
         parts, elsewhere = [], dict[str, None]()
         for given, taken in zip(self.adapters, self.taken, strict=True):
-            adapter = fitted(given, resolver.known, [])
+            adapter = fitted(given, finder.known, [])
             targets = targets_of(adapter)
-            _, misses = by_name.resolve(targets, adapter.flattened, adapter.scope)
-            lost = [miss.target for miss in misses if miss.kind in _ABSENT]
-            # Of tied weights the graph has one name.
-            if tied := _tied(lost, adapter, weight_of):
-                _, misses = resolver.resolve(tied, adapter.flattened, adapter.scope)
-                lost = [target for target in lost if target not in tied]
-                lost += [miss.target for miss in misses if miss.kind in _ABSENT]
-            absent = {target.path for target in lost}
+            absent = finder.absent(adapter, targets)
             if not self.graphs_left:  # rule 2
                 self._refuse_lost(given, absent - taken, len(targets))
                 absent &= taken
@@ -97,11 +88,48 @@ class Division:
             )
 
 
-def _tied(targets: Sequence[Target], adapter: Adapter, weight_of: BaseWeights | None) -> list[Target]:
-    if weight_of is None or not targets:
-        return []
-    stored = weight_of.for_adapter([target.named for target in targets], adapter.flattened, adapter.scope)
-    return [target for target in targets if stored.is_tied(target)]
+class _Finder:
+    """Finds which targets a graph has.
+
+    Args:
+        graph: The graph.
+        weight_of: Weights of the folder that it is from.
+
+    Attributes:
+        known: Parameters in the graph's names and in its folder.
+    """
+
+    def __init__(self, graph: GraphFile, weight_of: BaseWeights | None) -> None:
+        self._names, self._weight_of = graph.model.graph.initializers, weight_of
+        self._by_value = Resolver(graph, weight_of, branches=True)
+        # A graph of ours has its names, and a search by value for what it lacks takes minutes.
+        self._by_name = Resolver(graph, None, branches=True)
+        self.known = self._by_value.known
+
+    def absent(self, adapter: Adapter, targets: Sequence[Target]) -> set[str]:
+        """Return the paths of the targets that the graph lacks, or does not read."""
+        sites, misses = self._by_name.resolve(targets, adapter.flattened, adapter.scope)
+        lost = [miss.target for miss in misses if miss.kind in _ABSENT]
+        # Of tied weights the graph has one name.
+        if tied := self._tied(lost, adapter):
+            lost = [target for target in lost if target not in tied]
+            lost += self._missed(tied, adapter, _ABSENT)
+        # The end of a path may be that of another part's module: towers have layers of the same names.
+        if ends := [site.target for site in sites if site.target.key not in self._names]:
+            lost += self._missed(ends, adapter, ("values",))
+        return {target.path for target in lost}
+
+    def _missed(self, targets: Sequence[Target], adapter: Adapter, kinds: Collection[str]) -> list[Target]:
+        """Return the targets that values show to be missing, for reasons of some kinds."""
+        _, misses = self._by_value.resolve(targets, adapter.flattened, adapter.scope)
+        return [miss.target for miss in misses if miss.kind in kinds]
+
+    def _tied(self, targets: Sequence[Target], adapter: Adapter) -> list[Target]:
+        if self._weight_of is None or not targets:
+            return []
+        named = [target.named for target in targets]
+        stored = self._weight_of.for_adapter(named, adapter.flattened, adapter.scope)
+        return [target for target in targets if stored.is_tied(target)]
 
 
 def _part(adapter: Adapter, paths: set[str]) -> Adapter:
