@@ -172,6 +172,19 @@ def test_an_adapter_of_the_language_model_alone_is_not_the_towers(arch, tmp_path
 
 
 @each("llava")
+def test_a_whole_copy_goes_into_the_graph_that_reads_it(arch, tmp_path):
+    adapter, model = models.adapter_with_copy(arch, "multi_modal_projector"), models.build(arch)
+    with tiny.quiet():
+        wanted = models.reference(PeftModel.from_pretrained(model, adapter), arch)
+    merge_onnx(models.checkpoint(arch), adapter, tmp_path / "m", kv_cache=True)
+    agrees(models.run(tmp_path / "m", arch), wanted)
+    swap(models.checkpoint(arch), adapter, tmp_path / "s", kv_cache=True)
+    fed = {part: exposed.tensors(tmp_path / "s" / f"{part}.onnx", adapter) for part in models.PARTS}
+    assert all(".multi_modal_projector." in name for name in fed["vision"])
+    agrees(models.run(tmp_path / "s", arch, fed), wanted)
+
+
+@each("llava")
 def test_a_module_that_no_graph_reads_is_refused(arch, tmp_path):
     """LLaVA reads the answer of its tower's last layer but one."""
     lost = "model.vision_tower.encoder.layers.1.self_attn.q_proj"

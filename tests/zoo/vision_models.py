@@ -187,6 +187,22 @@ def adapter_of_language_model(arch: str) -> Path:
     return folder
 
 
+@functools.cache
+def adapter_with_copy(arch: str, module: str) -> Path:
+    """Return the folder of an adapter of the language model that replaces another module whole."""
+    folder = tiny.cache_folder() / "vision-language" / f"{arch}-{module}-copy"
+    targets = r".*language_model.*q_proj"
+    config = LoraConfig(r=3, target_modules=targets, modules_to_save=[module], init_lora_weights=False)
+    torch.manual_seed(8)
+    with tiny.quiet(), torch.no_grad():
+        model = get_peft_model(build(arch), config)
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+        model.save_pretrained(folder)
+    return folder
+
+
 def adapted(arch: str, folder: Path | None = None) -> Any:
     """Return the model with an adapter, as PEFT computes it."""
     with tiny.quiet():

@@ -108,14 +108,18 @@ class _Finder:
 
     def absent(self, adapter: Adapter, targets: Sequence[Target]) -> set[str]:
         """Return the paths of the targets that the graph lacks, or does not read."""
-        sites, misses = self._by_name.resolve(targets, adapter.flattened, adapter.scope)
-        lost = [miss.target for miss in misses if miss.kind in _ABSENT]
+        own = [target for target in targets if target.key in self._names]
+        # Apart from the others, for which the whole adapter might be taken for another part's.
+        _, lacking = self._by_name.resolve(own, adapter.flattened, adapter.scope)
+        others = [target for target in targets if target.key not in self._names]
+        sites, misses = self._by_name.resolve(others, adapter.flattened, adapter.scope)
+        lost = [miss.target for miss in (*lacking, *misses) if miss.kind in _ABSENT]
         # Of tied weights the graph has one name.
         if tied := self._tied(lost, adapter):
             lost = [target for target in lost if target not in tied]
             lost += self._missed(tied, adapter, _ABSENT)
         # The end of a path may be that of another part's module: towers have layers of the same names.
-        if ends := [site.target for site in sites if site.target.key not in self._names]:
+        if ends := [site.target for site in sites]:
             lost += self._missed(ends, adapter, ("values",))
         return {target.path for target in lost}
 
@@ -135,5 +139,7 @@ class _Finder:
 def _part(adapter: Adapter, paths: set[str]) -> Adapter:
     modules = [key for key, module in adapter.modules.items() if module.path in paths]
     others = [path for path in (*adapter.extras, *adapter.token_rows) if path.rpartition(".")[0] in paths]
+    # The whole adapter was looked at for what its file lacks, and of a part the config names too much.
+    config = {name: value for name, value in adapter.config.items() if name != "modules_to_save"}
     # Without the note that the rest is ignored: it goes into another graph.
-    return replace(only_some(adapter, modules, others, "not here"), notes=adapter.notes)
+    return replace(only_some(adapter, modules, others, "not here"), notes=adapter.notes, config=config)
