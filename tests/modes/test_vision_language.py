@@ -145,6 +145,23 @@ def test_each_graph_says_what_it_is_and_has_its_own_weights(arch):
     assert not verify(folder).failures()
 
 
+@each("llava")
+def test_too_few_features_are_an_error_and_surplus_ones_are_ignored(arch):
+    session = models.opened(models.captured(arch), "embedding")
+    ids = models.inputs(arch)["input_ids"][:1].numpy()
+    features = np.arange((models.EACH + 2) * models.WIDTH, dtype=np.float32).reshape(-1, models.WIDTH)
+
+    def embeds(count):
+        return session.run(None, {"input_ids": ids, "image_features": features[:count]})[0]
+
+    right = embeds(models.EACH)
+    assert np.array_equal(right[ids == models.IMAGE], features[: models.EACH])
+    assert np.array_equal(embeds(models.EACH + 2), right)
+    for count in (0, 1, models.EACH - 1):
+        with pytest.raises(Exception, match="ScatterND"):
+            embeds(count)
+
+
 @each("gemma3")
 def test_an_image_behind_a_past_is_seen_as_by_the_whole_model(arch):
     given = models.inputs(arch)

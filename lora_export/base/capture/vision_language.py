@@ -81,9 +81,8 @@ def take_part(model: Any, inputs: Mapping[str, Any], *, part: Part, where: str) 
     if part == "vision":
         return _vision(model, inputs[_PIXELS])
     outputs, embeds = run_whole(model, inputs)
-    features = features_of(model, inputs[_PIXELS])
     if part == "embedding":
-        traced = _embedding(model, inputs, features)
+        traced = _embedding(model, inputs, features_of(model, inputs[_PIXELS]))
         _refuse_other_answers(model, traced.inputs, embeds, where)
         return traced
     return _text(model, inputs, outputs, embeds, where=where)
