@@ -21,7 +21,8 @@ from lora_export.base.checkpoint.own_code import model_class
 from lora_export.base.checkpoint.quantised import refuse_packed
 from lora_export.base.history.history import MANIFEST
 from lora_export.base.kinds import DIFFUSERS
-from lora_export.base.parts import HALVES, Part
+from lora_export.base.kinds.vision_language import TEXT_ALONE, is_vision_language, whole_only, why_whole
+from lora_export.base.parts import OF_ONE_MODEL, VISION_LANGUAGE, Part
 from lora_export.base.pipeline import INDEX
 from lora_export.errors import CheckpointError, LoraExportError, OutputError
 from lora_export.storage.inputs import note_inputs
@@ -49,7 +50,7 @@ class PipelineGraph:
     """A graph that a folder becomes one of several of.
 
     Attributes:
-        name: Its folder in the output, or, of a half of one model, its file without the ending.
+        name: Its folder in the output, or, of a part of one model, its file without the ending.
         component: Component of the pipeline that it is made from.
         folder: The component's folder.
         part: Use of the model, if its graph differs for it.
@@ -63,7 +64,7 @@ class PipelineGraph:
     @property
     def file(self) -> Path:
         """Its path in the output."""
-        return Path(f"{self.name}.onnx") if self.part in HALVES else Path(self.name, _GRAPH)
+        return Path(f"{self.name}.onnx") if self.part in OF_ONE_MODEL else Path(self.name, _GRAPH)
 
     @property
     def takes_adapters(self) -> bool:
@@ -73,7 +74,7 @@ class PipelineGraph:
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """A folder of which several graphs are made: a pipeline's, or an encoder–decoder's.
+    """A folder of which several graphs are made: a pipeline's, or that of a model of several parts.
 
     Attributes:
         folder: The folder.
@@ -94,6 +95,8 @@ class Pipeline:
         """Sentence on why it is not one graph."""
         if self.index:
             return f"{self.folder} is a pipeline of several models"
+        if self.graphs[0].part in VISION_LANGUAGE:
+            return f"{self.folder} becomes three graphs with --kv-cache, of vision, embedding and text"
         return f"{self.folder} becomes two graphs with --kv-cache, an encoder's and a decoder's"
 
     def refuse_options(self, flags: Mapping[str, bool]) -> None:
@@ -105,6 +108,8 @@ class Pipeline:
         given = " and ".join(flag for flag, is_given in flags.items() if is_given)
         if given:
             other = "give the folder of one of its models" if self.index else "--kv-cache"
+            if self.graphs[0].part in VISION_LANGUAGE:
+                other = TEXT_ALONE
             raise OutputError(f"{self.described}, for which there is no {given}", f"omit {given}, or {other}")
 
     @property
@@ -126,55 +131,85 @@ class Pipeline:
         return list(dict.fromkeys([*index, *own, *(self.folder / path for path in self.copied)]))
 
 
-def open_several(folder: Path, kv_cache: bool) -> Pipeline | None:
+def open_several(folder: Path, kv_cache: bool, output: Path) -> Pipeline | None:
     """Return the graphs of a folder that becomes several; None if it becomes one.
 
     Args:
         folder: A pipeline of diffusers, or another folder or file.
-        kv_cache: True if an encoder–decoder is captured with its cache, as two graphs.
+        kv_cache: As for `open_parts`.
+        output: As for `open_parts`.
 
     Raises:
         CheckpointError: As `open_pipeline`.
+        OutputError: As `open_parts`.
         BackendUnavailable: torch or transformers is missing.
     """
     if is_pipeline(folder):
         return open_pipeline(folder)
-    return open_halves(folder, kv_cache)
+    return open_parts(folder, kv_cache, output)
 
 
-def open_halves(folder: Path, kv_cache: bool) -> Pipeline | None:
-    """Return the graphs of an encoder–decoder that generates text; None if a folder becomes one.
+def open_parts(folder: Path, kv_cache: bool, output: Path) -> Pipeline | None:
+    """Return the graphs of a model that generates text and becomes several; None if it becomes one.
 
     Args:
         folder: A folder, or a file.
-        kv_cache: True if it is captured with its cache.
+        kv_cache: True if it is captured with its cache: an encoder–decoder becomes two graphs.
+        output: The output: a vision–language model becomes three graphs, if that is named as a folder, and
+            its language model's alone, if it is named as a graph.
 
     Raises:
-        CheckpointError: The folder can't be read.
+        CheckpointError: The folder can't be read, or can't become the three.
+        OutputError: A folder of three is wanted without the cache.
         BackendUnavailable: torch or transformers is missing.
     """
-    return _halves(folder) if kv_cache and is_folder(folder) and _has_halves(folder) else None
-
-
-def _has_halves(folder: Path) -> bool:
-    """Return whether a folder is that of an encoder–decoder that generates text."""
+    is_one_graph = output.suffix == ".onnx"
+    if not is_folder(folder) or (is_one_graph and not kv_cache):
+        return None
     config = read_config(folder)
+    kinds = [kind for kind in _generating(config) if kv_cache or is_vision_language(kind)]
+    if not kinds:
+        return None
+    if config.get("is_encoder_decoder") is True:
+        return _parts(folder, {"encoder_model": "encoder", "decoder_model": "decoder"}) if kv_cache else None
+    if is_one_graph or not is_vision_language(kinds[0]):
+        return None
+    parts: dict[str, Part] = {"vision": "vision", "embedding": "embedding", "text": "text"}
+    graphs = _parts(folder, parts)
+    if not kv_cache:
+        raise OutputError(
+            f"{graphs.described}, and without it the output is one graph", f"give --kv-cache, or {TEXT_ALONE}"
+        )
+    if reason := why_whole(kinds[0]):
+        raise whole_only(folder, kinds[0].__name__, reason)
+    return graphs
+
+
+def _generating(config: Mapping[str, Any]) -> list[Any]:
+    """Return the classes of a config that generate text, if it may be that of a model of several parts."""
     names = config.get("architectures")
-    if config.get("is_encoder_decoder") is not True or not isinstance(names, list):
-        return False
+    is_of_parts = config.get("is_encoder_decoder") is True or "vision_config" in config
+    if not is_of_parts or not isinstance(names, list):
+        return []
     require("torch", "transformers")
-    return any(_generates(name) for name in names if isinstance(name, str))
+    found = [_class(name) for name in names if isinstance(name, str)]
+    return [kind for kind in found if kind is not None and kind.can_generate()]
 
 
-def _generates(name: str) -> bool:
+def _class(name: str) -> Any:
     try:
-        kind = model_class(name)
+        return model_class(name)
     except ImportError:  # of a package that the class needs: said when it is loaded
-        return False
-    return kind is not None and bool(kind.can_generate())
+        return None
 
 
-def _halves(folder: Path) -> Pipeline:
+def _parts(folder: Path, parts: Mapping[str, Part]) -> Pipeline:
+    """Return the graphs of one model.
+
+    Args:
+        folder: Its folder.
+        parts: Name of each graph → its part of the model.
+    """
     refuse_packed(folder)
     files = [
         path.relative_to(folder)
@@ -184,8 +219,7 @@ def _halves(folder: Path) -> Pipeline:
         and path.name != MANIFEST
         and path.stat().st_size <= _COPIED_BYTES
     ]
-    halves: tuple[Part, ...] = ("encoder", "decoder")
-    graphs = tuple(PipelineGraph(f"{half}_model", "", folder, half) for half in halves)
+    graphs = tuple(PipelineGraph(name, "", folder, part) for name, part in parts.items())
     pipeline = Pipeline(folder=folder, index={}, graphs=graphs, copied=tuple(files))
     refuse_links(folder, pipeline.files, CheckpointError)
     note_inputs(pipeline.files)

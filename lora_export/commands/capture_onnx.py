@@ -25,8 +25,8 @@ _PATH = click.Path(path_type=Path)
     "--output",
     required=True,
     type=_PATH,
-    help="The .onnx file to write; of a diffusers pipeline, or an encoder–decoder with --kv-cache, the "
-    "folder of its graphs.",
+    help="The .onnx file to write; of a diffusers pipeline, or with --kv-cache of an encoder–decoder or a "
+    "vision–language model, the folder of its graphs.",
 )
 @click.option(
     "--dtype",
@@ -39,7 +39,7 @@ _PATH = click.Path(path_type=Path)
     "--kv-cache",
     is_flag=True,
     help="Add the keys and values of past tokens as inputs and outputs; of an encoder–decoder, write two "
-    "graphs.",
+    "graphs, and of a vision–language model three, if OUT is no .onnx file.",
 )
 @click.option(
     "--trace",
@@ -82,7 +82,8 @@ def capture_onnx(
 
     CHECKPOINT is a model of transformers or diffusers, or a pipeline of diffusers, of which OUT becomes a
     folder: OUT/unet/model.onnx, OUT/vae_decoder/model.onnx, … as optimum's pipelines read it. Of an
-    encoder–decoder with --kv-cache, OUT becomes a folder with encoder_model.onnx and decoder_model.onnx.
+    encoder–decoder with --kv-cache, OUT becomes a folder with encoder_model.onnx and decoder_model.onnx; of a
+    vision–language model one with vision.onnx, embedding.onnx and text.onnx, or OUT.onnx, its language model.
 
     merge-onnx, swap-onnx and bank-onnx also capture a folder themselves. Capture it once, and each of them
     takes seconds; with --share-base their graphs then use one copy of the weights. To merge into float16 or

@@ -38,8 +38,8 @@ _PATH = click.Path(path_type=Path)
     "--output",
     required=True,
     type=_PATH,
-    help="The .onnx file to write; of a diffusers pipeline, or an encoder–decoder with --kv-cache, the "
-    "folder of its graphs.",
+    help="The .onnx file to write; of a diffusers pipeline, or with --kv-cache of an encoder–decoder or a "
+    "vision–language model, the folder of its graphs.",
 )
 @checkpoint_options
 @capture_options

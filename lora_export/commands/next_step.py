@@ -95,7 +95,7 @@ def _compare(given: Mapping[str, Any]) -> Words:
 def _after_swap(given: Mapping[str, Any]) -> Words:
     adapter = Path(next(iter(given["adapters"]), "my-adapter"))
     graph: Path = given["output"]
-    if graph.suffix != ".onnx":  # the folder of an encoder–decoder's two graphs
+    if graph.suffix != ".onnx":  # the folder of several graphs of one model
         return ["verify", graph]
     words: Words = ["convert-adapter", adapter, "--for", graph]
     return [*words, *_reading(given, "--from-format"), "-o", f"{adapter.stem}.onnx_adapter"]

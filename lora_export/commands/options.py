@@ -85,7 +85,7 @@ _CAPTURE_OPTIONS = [
         "--kv-cache",
         is_flag=True,
         help="Capture a checkpoint folder with its key-value cache, to generate text; an encoder–decoder "
-        "becomes a folder of two graphs.",
+        "becomes a folder of two graphs, and a vision–language model one of three, if OUT is no .onnx file.",
     ),
     click.option(
         "--fused",

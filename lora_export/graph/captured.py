@@ -29,12 +29,15 @@ SAMPLES = "samples"
 # Of diffusion models: latents, videos and images; patches of latents that are given as a sequence, and text.
 HEIGHT, WIDTH, FRAMES = SIDES = ("height", "width", "frames")
 IMAGE_SEQUENCE, TEXT_SEQUENCE = "image_sequence", "text_sequence"
+# Of all images of a batch together, in the places of as many tokens of its texts.
+IMAGE_TOKENS = "image_tokens"
 # One for all rows, or one a row.
 TIMESTEPS = "timesteps"
 Kind = Literal[
     "decoder",
     "encoder",
     "vision",
+    "embedding",
     "audio",
     "text-image",
     "encoder-decoder",

@@ -19,7 +19,7 @@ import numpy as np
 from lora_export.adapter import Adapter, LoraModule
 from lora_export.base.lowering import Runtime
 from lora_export.base.open_base import Base, open_base
-from lora_export.base.pipeline_graphs import open_halves
+from lora_export.base.pipeline_graphs import open_parts
 from lora_export.base.reads import CheckpointChoice
 from lora_export.base.write_options import WriteOptions
 from lora_export.binding.cast import Caster
@@ -126,10 +126,10 @@ def bank_onnx(
     options = WriteOptions.among(locals())
     if is_folder(base):
         _refuse_before_capture(base, list(loaded.values()), slot_rank, allow_unmatched=allow_unmatched)
-    if (halves := open_halves(base, kv_cache)) is not None:
+    if (parts := open_parts(base, kv_cache, out)) is not None:
         raise OutputError(
-            f"{halves.described}, and bank-onnx writes one",
-            "omit --kv-cache (kv_cache=True), or write both with swap-onnx",
+            f"{parts.described}, and bank-onnx writes one",
+            "omit --kv-cache (kv_cache=True), or write all with swap-onnx",
         )
     with open_base(base, out, loaded.values(), options) as (opened, paths):
         resolver = Resolver(opened.graph, opened.weight_of, branches=True)

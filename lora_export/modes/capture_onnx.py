@@ -33,7 +33,7 @@ class CaptureReport:
     """Result of a capture.
 
     Attributes:
-        written: The graph and its data; of a pipeline, what was written for it.
+        written: The graph and its data; of several graphs, these.
         quantised: Report of quantising it; None if the weights stay floats.
     """
 
@@ -61,11 +61,11 @@ def capture_onnx(
     Args:
         checkpoint: Folder that ``save_pretrained`` wrote: of a model of transformers or diffusers, or of a
             pipeline of diffusers.
-        output: The ``.onnx`` file to write; of a pipeline, or an encoder–decoder with ``kv_cache``, the
-            folder.
+        output: The ``.onnx`` file to write; of a pipeline, or with ``kv_cache`` an encoder–decoder or a
+            vision–language model, the folder. Of the last one, a file is its language model alone.
         dtype: Dtype of weights, inputs and outputs: ``float32``, ``float16`` or ``bfloat16``.
         kv_cache: Make keys and values of past tokens inputs and outputs; of an encoder–decoder, write two
-            graphs.
+            graphs, of a vision–language model three.
         trace: ``loaded`` traces the model with its weights; ``outline`` traces a layer of each kind without
             weights, so that a model larger than memory can be captured; ``auto`` is ``outline`` wherever that
             is possible.
@@ -126,7 +126,7 @@ def capture(
     if choice is not None and share_base:
         raise _codes_are_new()
     graph = Path(output)
-    pipeline = open_several(Path(checkpoint), kv_cache)
+    pipeline = open_several(Path(checkpoint), kv_cache, graph)
     if pipeline is not None:
         given = {"--share-base": share_base, "--quantize": choice is not None}
         if pipeline.index:

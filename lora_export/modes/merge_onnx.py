@@ -31,8 +31,8 @@ from lora_export.modes.merging.checkpoint_files import small_files
 from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
 from lora_export.modes.merging.into_graph import mark_merged, plan_changes
 from lora_export.modes.merging.report import MergeReport
-from lora_export.modes.pipelines.halves import merge_halves
 from lora_export.modes.pipelines.merge import merge_pipeline
+from lora_export.modes.pipelines.parts import merge_parts
 from lora_export.modes.quantising.choice import choice_of
 from lora_export.modes.quantising.quantise import Quantising, packages_of, quantise
 from lora_export.plan import Plan
@@ -77,8 +77,8 @@ def merge_onnx(
         base: An ONNX file from any exporter, or a folder of transformers or diffusers (a model's or a whole
             pipeline's), which is then captured.
         adapters: Paths for `load_adapter`, or `Adapter` values; one or several.
-        output: The ``.onnx`` file to write; the folder of the graphs of a pipeline, or of an encoder–decoder
-            with ``kv_cache``.
+        output: The ``.onnx`` file to write; the folder of the graphs of a pipeline, or with ``kv_cache`` of
+            an encoder–decoder or a vision–language model; of the last one, a file is the language model's.
         checkpoint: Folder of the checkpoint that ``base`` was exported from. Weights are then found by
             content, and every match by name is verified. None: the folder that an adapter names as its base,
             if it is on this machine; False: names alone.
@@ -88,7 +88,7 @@ def merge_onnx(
         dtype: Dtype of a captured folder: ``float32`` (the default), ``float16`` or ``bfloat16``, to which
             the sum, computed in float32, is rounded once.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs; an encoder–decoder as two
-            graphs.
+            graphs, a vision–language model as three.
         fused: Capture attention, rotary embeddings and RMS norms as one node each (opset 23).
         runtime: Runtime that a captured folder is lowered for, as for `capture_onnx`.
         quantize: Quantise the written weights to ``int4`` or ``int8`` as `quantize_onnx` does by default,
@@ -115,11 +115,11 @@ def merge_onnx(
     loaded, factors = check_blend(adapters, weights, component)
     # A merged weight gets no branches beside it.
     options = replace(WriteOptions.among(locals()), packed=True)
-    several = open_several(base, kv_cache)
+    several = open_several(base, kv_cache, out)
     if several is None:
         return _merge_one(base, out, loaded, factors, rounding=rounding, options=options)
     if not several.index:
-        return merge_halves(several, out, loaded, factors, rounding=rounding, options=options)
+        return merge_parts(several, out, loaded, factors, rounding=rounding, options=options)
     return merge_pipeline(
         several, out, loaded, factors, rounding=rounding, options=options, merge_one=_merge_one
     )

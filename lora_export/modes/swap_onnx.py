@@ -20,7 +20,7 @@ import onnx_ir as ir
 from lora_export.adapter import Adapter
 from lora_export.base.lowering import Runtime
 from lora_export.base.open_base import Base, open_base
-from lora_export.base.pipeline_graphs import open_halves
+from lora_export.base.pipeline_graphs import open_parts
 from lora_export.base.reads import CheckpointChoice
 from lora_export.base.write_options import WriteOptions
 from lora_export.errors import AdapterError
@@ -35,7 +35,8 @@ from lora_export.modes.branches.inputs import add_input, ir_type
 from lora_export.modes.branches.output import ExposeReport, base_name, write_exposed
 from lora_export.modes.branches.union import Union
 from lora_export.modes.branches.write import BranchWriter, Tensors
-from lora_export.modes.pipelines.swap import Share, swap_halves
+from lora_export.modes.pipelines.division import Share
+from lora_export.modes.pipelines.swap import swap_parts
 from lora_export.modes.quantising.choice import choice_of
 from lora_export.plan import Plan
 from lora_export.sites.listing import targets_named
@@ -81,7 +82,8 @@ def swap_onnx(
 
     Args:
         base: An ONNX file from any exporter, or a Hugging Face checkpoint folder, which is then captured.
-        output: The ``.onnx`` file to write; the folder of an encoder–decoder's graphs with ``kv_cache``.
+        output: The ``.onnx`` file to write; with ``kv_cache``, the folder of the graphs of an encoder–decoder
+            or a vision–language model. Of the last one, a file is its language model alone.
         adapter: Adapter, or adapters, whose targets are exposed; others of the same modules fit as well.
         target_modules: Names of further modules to expose, whose path is, or ends in, one of these (PEFT's
             ``target_modules``).
@@ -97,7 +99,7 @@ def swap_onnx(
             one that an adapter names as its base, if it is on this machine; False: names alone.
         dtype: Dtype of a captured folder: ``float32`` (the default), ``float16`` or ``bfloat16``.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs; an encoder–decoder as two
-            graphs, each with the modules whose weights it reads.
+            graphs, a vision–language model as three, each with the modules whose weights it reads.
         fused: Capture attention, rotary embeddings and RMS norms as one node each (opset 23).
         runtime: Runtime that a captured folder is lowered for, as for `capture_onnx`.
         quantize: Quantise the written weights to ``int4`` or ``int8`` as `quantize_onnx` does by default,
@@ -129,10 +131,10 @@ def swap_onnx(
     options = WriteOptions.among(locals())
     if is_folder(base):
         _refuse_before_capture(base, made_of, max_rank, dora=dora, allow_unmatched=allow_unmatched)
-    halves = open_halves(base, kv_cache)
-    if halves is not None:
-        halves.refuse_options({"--target-modules": any(wanted)})
-        return swap_halves(halves, out, made_of, options, swap_one=partial(_swap_half, made_of, form))
+    parts = open_parts(base, kv_cache, out)
+    if parts is not None:
+        parts.refuse_options({"--target-modules": any(wanted)})
+        return swap_parts(parts, out, made_of, options, swap_one=partial(_swap_part, made_of, form))
     with open_base(base, out, made_of, options) as (opened, paths):
         union = _union(opened, made_of, wanted, dora=dora, allow_unmatched=allow_unmatched)
         plan, record = _expose_all(opened, union, form, base_name(base))
@@ -140,7 +142,7 @@ def swap_onnx(
         return write_exposed(opened, report, adapters=made_of, options=options, beside=beside)
 
 
-def _swap_half(
+def _swap_part(
     adapters: Sequence[Adapter],
     form: _Form,
     base: Path,

@@ -45,7 +45,14 @@ def switch_cache(model: Any, used: bool) -> None:
         config.use_cache = used
 
 
-def with_cache(model: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any], where: str) -> Traced:
+def with_cache(
+    model: Any,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+    where: str,
+    *,
+    read: Mapping[str, Any] | None = None,
+) -> Traced:
     """Make a model read and return its cache as a flat list of tensors.
 
     Args:
@@ -54,6 +61,7 @@ def with_cache(model: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
         inputs: Inputs that it was run with.
         outputs: Its outputs; the cache in them shows the layers' shapes.
         where: The folder, for messages.
+        read: What it reads of each token, ``input_ids`` before ``inputs_embeds``; its ids by default.
 
     Raises:
         CheckpointError: The model has no key-value cache, or another state beside it.
@@ -63,7 +71,7 @@ def with_cache(model: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
     past = _empty_past(type(model).__name__, inputs, outputs, where)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     example: dict[str, Any] = {
-        "input_ids": ids,
+        **(read or {"input_ids": ids}),
         "attention_mask": torch.ones(len(ids), mask.shape[1] + _PAST, dtype=mask.dtype),
     }
     if "position_ids" in inspect.signature(model.forward).parameters:
@@ -146,9 +154,18 @@ def _replace_forward(model: Any, names: list[str]) -> None:
     forward = model.forward
 
     def cached(
-        input_ids: Any, attention_mask: Any, position_ids: Any = None, past: Any = ()
+        input_ids: Any = None,
+        inputs_embeds: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past: Any = (),
     ) -> tuple[torch.Tensor, ...]:
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        given = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
         # The config is left out: with it, layers with a sliding window would forget tokens.
         result = forward(
             **{name: given[name] for name in names}, past_key_values=DynamicCache(past), use_cache=True

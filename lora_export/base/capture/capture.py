@@ -43,7 +43,7 @@ from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
 from lora_export.base.lowering import RUNTIMES, Runtime
 from lora_export.base.lowering.lower import lower_graph
-from lora_export.base.parts import HALVES, Part
+from lora_export.base.parts import OF_ONE_MODEL, Part
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph.captured import DTYPES, Captured
 from lora_export.graph.data_identity import mark_data
@@ -292,7 +292,7 @@ def _twin_proof(
         return proof
     if in_place and is_own_twin(path, way.dtype) and not way.replaced:
         return None
-    if loading is None or (way.part and way.part not in HALVES):
+    if loading is None or (way.part and way.part not in OF_ONE_MODEL):
         return Proof(of="nothing", reason="no small twin is made for a model of a pipeline")
     return prove_by_twin(path, loading, way.dtype, way.part, beside=output.parent, capture=capture)
 

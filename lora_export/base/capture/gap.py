@@ -7,7 +7,7 @@ What is compared depends on the graph's inputs, not on the kind of model:
   some length on;
 * with a mask: padding on the left and on the right;
 * with a cache: a prompt with rows of different lengths, and steps behind it that go on with the cache;
-* of an encoder–decoder's halves: see `half_gap`.
+* of an encoder–decoder's halves: see `half_gap`; of a vision–language model's parts: `vision_language_gap`.
 
 A graph whose record says that it takes padding on the right only is compared on that, with one token a step
 for several rows; the cache of a padded row is its own there, which the steps behind it read.
@@ -38,7 +38,13 @@ from lora_export.base.capture.half_gap import (
     encoder_answers,
     is_start,
 )
-from lora_export.base.parts import Part
+from lora_export.base.capture.vision_language_gap import (
+    embedding_answers,
+    feature_answers,
+    text_answers,
+    whole_runs,
+)
+from lora_export.base.parts import VISION_LANGUAGE, Part
 from lora_export.errors import GraphError
 from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, SEQUENCE, Captured
 
@@ -76,6 +82,15 @@ _PAST, _PRESENT = "past_key_values.", "present."
 
 Feeds = Mapping[str, Any]
 Answers = Sequence[Mapping[str, "torch.Tensor"]]
+Ask = Callable[[Any, Sequence[Feeds]], Answers]
+# Part of a model → what PyTorch's whole model answers for it.
+_ANSWERS: dict[Part, Ask] = {
+    "encoder": encoder_answers,
+    "decoder": decoder_answers,
+    "vision": feature_answers,
+    "embedding": embedding_answers,
+    "text": text_answers,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +143,9 @@ def measure_gap(graph: Path, model: Any, kind: ModelKind, example: Feeds, *, par
     has_cache = any(port.name.startswith(_PAST) for port in session.get_inputs())
     stated = Captured.from_metadata(session.get_modelmeta().custom_metadata_map)
     is_right = stated is not None and stated.padding == "right"
-    ask: Callable[[Any, Sequence[Feeds]], Answers] = functools.partial(_of_module, has_cache=has_cache)
-    if part == "decoder":
-        runs, ask = [*decoder_runs(example), _long(kind, model, example)], decoder_answers
-    elif part == "encoder":
-        runs, ask = list(_plain_runs(kind, model, example)), encoder_answers
+    ask: Ask = _ANSWERS.get(part, functools.partial(_of_module, has_cache=has_cache))
+    if part in _ANSWERS:
+        runs = list(_runs_of_part(kind, model, example, part))
     else:
         runs = list(
             _cached_runs(kind, model, example, is_right) if has_cache else _plain_runs(kind, model, example)
@@ -160,6 +173,19 @@ def measure_gap(graph: Path, model: Any, kind: ModelKind, example: Feeds, *, par
         for found in answers
     ]
     return _worst(*seen, least=[exact if is_half else exact * _slack(run) for run in runs])
+
+
+def _runs_of_part(kind: ModelKind, model: Any, example: Feeds, part: Part) -> Iterator[dict[str, Any]]:
+    """Yield the runs of a part of a model, of which some are the whole model's."""
+    if part == "decoder":
+        yield from [*decoder_runs(example), _long(kind, model, example)]
+    elif part == "vision":
+        yield from _plain_runs(kind, model, {"pixel_values": example["pixel_values"]})
+    elif part in VISION_LANGUAGE:
+        long = _long(kind, model, {"input_ids": example["input_ids"]})
+        yield from whole_runs(model, example, longest=long["input_ids"].shape[1])
+    else:
+        yield from _plain_runs(kind, model, example)
 
 
 def _slack(run: Feeds) -> float:

@@ -13,9 +13,11 @@ from lora_export.base.capture.export import named_tensors, quiet, run_module, te
 from lora_export.base.capture.halves import describe_half, halve
 from lora_export.base.capture.loading import EXPORT_YOURSELF
 from lora_export.base.capture.traced import Traced
+from lora_export.base.capture.vision_language import describe_part, take_part
 from lora_export.base.capture.work import refuse_much_work
 from lora_export.base.kinds import kind_of
-from lora_export.base.parts import HALVES, Part
+from lora_export.base.kinds.vision_language import whole_only
+from lora_export.base.parts import HALVES, VISION_LANGUAGE, Part
 from lora_export.errors import CheckpointError, GraphError
 from lora_export.graph.captured import PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE, Captured
 
@@ -49,14 +51,17 @@ def prepare(
 
     _batch_experts(model)
     with torch.device(model.device):
-        kind = known_kind(model, path)
-        inputs = example_inputs(model, path)
+        kind = known_kind(model, path, part)
+        inputs = example_inputs(model, path, part)
         if fused:
             switch_cache(model, False)
             use_node(model, inputs, path)
         if part in HALVES:
             captured = describe_half(model, kind, part, dtype)
             return halve(model, kind, inputs, part=part, where=str(path)), captured
+        if part in VISION_LANGUAGE:
+            captured = describe_part(model, kind, part, dtype)
+            return take_part(model, inputs, part=part, where=str(path)), captured
         outputs = _outputs(model, inputs)
         captured = _describe(model, kind, outputs, dtype=dtype, kv_cache=kv_cache)
         if not kv_cache:
@@ -126,31 +131,35 @@ def _outputs(model: Any, inputs: Mapping[str, Any]) -> Any:
         switch_cache(model, False)
 
 
-def example_inputs(model: Any, path: Path) -> dict[str, Any]:
+def example_inputs(model: Any, path: Path, part: Part = "") -> dict[str, Any]:
     """Return inputs that a model runs with.
 
     Args:
         model: A transformers model.
         path: Its folder.
+        part: Use of the model; of a part of a vision–language model, the inputs are the whole model's.
 
     Raises:
         CheckpointError: The model's kind of input is unknown, the folder does not say what it is like, or the
             model would compute too much on it.
     """
-    kind = known_kind(model, path)
+    kind = known_kind(model, path, part)
     inputs = kind.example_inputs(model, path)
     refuse_much_work(model, kind, inputs, path)
     return inputs
 
 
-def known_kind(model: Any, path: Path) -> ModelKind:
+def known_kind(model: Any, path: Path, part: Part = "") -> ModelKind:
     """Return a model's kind.
 
     Raises:
         CheckpointError: The model is of none.
     """
-    if kind := kind_of(model):
+    if kind := kind_of(model, part):
         return kind
+    if part in VISION_LANGUAGE:
+        name = type(model).__name__
+        raise whole_only(path, name, "it does not read images and generate text in one way for all images")
     raise CheckpointError(
         f"{path}: no example inputs are known for a model that reads {model.main_input_name!r}",
         EXPORT_YOURSELF,

@@ -93,7 +93,7 @@ def prove_by_twin(
                 return Proof(of="nothing", reason=f"a small model of its config still has {count:,} values")
             save_twin(loading.kind, small, twin, folder)
             model, _ = load_model(twin, dtype)
-            example_inputs(model, twin)
+            example_inputs(model, twin, part)
             capture(twin, graph, dtype)
         except OSError:  # of the disk, not of the model
             raise
@@ -109,7 +109,8 @@ def prove_by_twin(
 def _compare(graph: Path, folder: Path, dtype: str, part: Part = "") -> Gap:
     model, _ = load_model(folder, dtype, part=part)
     with quiet():
-        return measure_gap(graph, model, known_kind(model, folder), example_inputs(model, folder), part=part)
+        kind = known_kind(model, folder, part)
+        return measure_gap(graph, model, kind, example_inputs(model, folder, part), part=part)
 
 
 def _stacks(loading: Loading, folder: Path) -> Sequence[Stack]:

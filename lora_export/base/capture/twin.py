@@ -34,6 +34,8 @@ _DEPTHS = (
     *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers"),
     *("encoder_layers", "decoder_layers"),
 )
+# Ends of names of settings that are ids (LLaVA's ``image_token_index``).
+_TOKENS = ("token_id", "token_index")
 # Largest sizes of a twin.
 _MOST_HEADS, _MOST_KEY_VALUE_HEADS = 4, 2
 _MLP, _VOCABULARY, _MOST_EXPERTS, _WINDOW, _WIDTH = 96, 512, 8, 4, 32
@@ -104,7 +106,7 @@ def _narrow(config: Any) -> None:
             if _number(config, name) == hidden:
                 setattr(config, name, width)
     for name, value in list(vars(config).items()):
-        if name.endswith("token_id") and isinstance(value, int) and value >= _VOCABULARY:
+        if name.endswith(_TOKENS) and isinstance(value, int) and value >= _VOCABULARY:
             setattr(config, name, value % _VOCABULARY)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lora_export.base.parts import VISION_LANGUAGE, Part
+
 if TYPE_CHECKING:
     from lora_export.base.kinds.diffusers_kind import DiffusersKind
     from lora_export.base.kinds.model_kind import ModelKind
@@ -28,6 +30,10 @@ KINDS: dict[str, str] = {
     "encoder-decoder": "lora_export.base.kinds.encoder_decoder:EncoderDecoder",
     "text": "lora_export.base.kinds.text:Text",
 }
+# Part that is captured alone → kind of its model, whose language model is of another kind without images.
+PART_KINDS: dict[str, str] = dict.fromkeys(
+    VISION_LANGUAGE, "lora_export.base.kinds.vision_language:VisionLanguage"
+)
 # Class of diffusers → the kind that it is captured as, unless another part of it is asked for.
 DIFFUSERS: dict[str, str] = {
     "UNet2DConditionModel": "unet",
@@ -38,18 +44,24 @@ DIFFUSERS: dict[str, str] = {
 }
 
 
-def kind_of(model: Any) -> ModelKind | None:
-    """Return the kind of a model of transformers or diffusers; None if it is none of `KINDS`."""
-    return next((kind for kind in map(_loaded, KINDS) if kind.takes(model)), None)
+def kind_of(model: Any, part: Part = "") -> ModelKind | None:
+    """Return the kind of a model of transformers or diffusers; None if it is none of `KINDS`.
+
+    Args:
+        model: The model.
+        part: Part of it that is captured alone; the kind then describes the inputs of the whole.
+    """
+    places = [PART_KINDS[part]] if part in PART_KINDS else KINDS.values()
+    return next((kind for kind in map(_at, places) if kind.takes(model)), None)
 
 
 def diffusers_kind(name: str) -> DiffusersKind:
     """Return an entry of `KINDS` that is one of diffusers'."""
-    kind: Any = _loaded(name)
+    kind: Any = _at(KINDS[name])
     return kind  # type: ignore[no-any-return]
 
 
-def _loaded(name: str) -> ModelKind:
-    module, _, attribute = KINDS[name].partition(":")
+def _at(place: str) -> ModelKind:
+    module, _, attribute = place.partition(":")
     kind: ModelKind = getattr(import_module(module), attribute)()
     return kind

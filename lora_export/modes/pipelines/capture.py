@@ -1,4 +1,4 @@
-"""Write the graphs of a pipeline or of an encoder–decoder, without any adapter."""
+"""Write the graphs of a pipeline or of a model that becomes several, without any adapter."""
 
 from __future__ import annotations
 

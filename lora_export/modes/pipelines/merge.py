@@ -17,7 +17,7 @@ from lora_export.base.write_options import WriteOptions
 from lora_export.machines.packages import package_versions
 from lora_export.modes.merging.report import MergeReport
 from lora_export.modes.pipelines.folder import check_output, write_folder
-from lora_export.modes.pipelines.halves import refused_options
+from lora_export.modes.pipelines.parts import refused_options
 from lora_export.plan import Plan
 from lora_export.storage.hashes import hash_file
 from lora_export.storage.manifest import Manifest, adapter_entry
