@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from lora_export import GraphError, LoraExportError, OutputError, capture_onnx, verify
 from lora_export.base.capture import capture, gap, kept, prove, twin
-from lora_export.base.capture.outline import CannotStamp, Stack, build_outline, cut, find_stacks
+from lora_export.base.capture.outline import CannotCopy, Stack, build_outline, cut, find_stacks
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.kinds import kind_of
 from lora_export.cli import root
@@ -550,7 +550,7 @@ def test_layers_that_are_known_by_their_numbers_are_not_cut(monkeypatch):
 
     def refused(config, asks=lambda model: None):
         model = a_llama_that(asks)(config).eval()
-        with pytest.raises(CannotStamp) as caught:
+        with pytest.raises(CannotCopy) as caught:
             run_cut(model)
         return str(caught.value)
 

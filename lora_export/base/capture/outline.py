@@ -2,7 +2,7 @@
 
 A decoder of 80 layers has two or three kinds of layers. Only what differs is traced: a model that holds its
 first layer and the first of each kind behind it, on torch's meta device, where no weight takes memory. Its
-graph is made as deep as the model is by `stamp`.
+graph is made as deep as the model is by `copy_layers`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NUMBERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _PLAIN = (bool, int, float, str, type(None))
 
 
-class CannotStamp(Exception):
+class CannotCopy(Exception):
     """A rule does not hold: the model has to be traced as a whole."""
 
 
@@ -98,7 +98,7 @@ def cut(model: Any, stacks: list[Stack]) -> Callable[[], None]:
         config says, but what the model computes with that number is meant for all of them.
 
     Raises:
-        CannotStamp: Code outside the layers knows them by their numbers.
+        CannotCopy: Code outside the layers knows them by their numbers.
     """
     import torch
 
@@ -140,12 +140,12 @@ def _refuse_numbers(model: Any, stack: Stack) -> None:
             continue
         for name, value in vars(module).items():
             if isinstance(value, list) and len(value) == stack.depth and any(v != value[0] for v in value):
-                raise CannotStamp(f"{path or 'the model'}.{name} has an entry for each layer")
+                raise CannotCopy(f"{path or 'the model'}.{name} has an entry for each layer")
             if isinstance(value, dict) and _are_numbers(value, stack.depth):
-                raise CannotStamp(f"{path or 'the model'}.{name} has entries for single layers")
+                raise CannotCopy(f"{path or 'the model'}.{name} has entries for single layers")
     for config in _configs(model):
         if getattr(config, "is_heterogeneous", False):
-            raise CannotStamp("its config has settings for single layers (per_layer_config)")
+            raise CannotCopy("its config has settings for single layers (per_layer_config)")
         for name, value in list(vars(config).items()):
             if isinstance(value, (list, tuple)) and _are_numbers(value, stack.depth):
                 setattr(config, name, _Numbers(name, value))
@@ -159,7 +159,7 @@ class _Numbers(list[int]):
         self._name = name
 
     def __contains__(self, number: object) -> bool:
-        raise CannotStamp(f"its code asks for the numbers of layers in {self._name}")
+        raise CannotCopy(f"its code asks for the numbers of layers in {self._name}")
 
 
 def _are_numbers(values: Collection[object], depth: int) -> bool:

@@ -1,7 +1,7 @@
-"""Capture a checkpoint folder without its weights in memory: traced in outline, stamped, weights attached.
+"""Capture a checkpoint folder without its weights in memory: traced in outline, layers copied, weights attached.
 
 The graph is the one that tracing the loaded model gives, from the model's own code. Where this way can't be
-gone (`CannotStamp`, what transformers changes when it loads, a module that looks at values), the model is
+gone (`CannotCopy`, what transformers changes when it loads, a module that looks at values), the model is
 loaded and traced as a whole (`capture`).
 """
 
@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_export.base.capture.attach import shape_of_parts
+from lora_export.base.capture.copy_layers import copy_layers
 from lora_export.base.capture.export import quiet, share, simplify, trace_module
 from lora_export.base.capture.fuse import fuse_nodes
 from lora_export.base.capture.kept import Kept
-from lora_export.base.capture.outline import CannotStamp, Stack, build_outline, cut, find_stacks
-from lora_export.base.capture.stamp import stamp
+from lora_export.base.capture.outline import CannotCopy, Stack, build_outline, cut, find_stacks
 from lora_export.base.capture.traced import Traced
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.module_counts import few_modules
@@ -59,7 +59,7 @@ def graph_without_weights(
         fused: Fuse what `fuse.fuse_nodes` takes.
 
     Raises:
-        CannotStamp: The model has to be loaded.
+        CannotCopy: The model has to be loaded.
         Exception: So it has where transformers, torch or the checkpoint raise something else.
     """
     _refuse_what_loading_changes(kind, config, dtype)
@@ -81,11 +81,11 @@ def graph_without_weights(
     if fused:
         fuse_nodes(graph)
     for stack in stacks:
-        stamp(graph.graph, stack, traced.has_cache)
+        copy_layers(graph.graph, stack, traced.has_cache)
     lacking = {name for name, value in graph.graph.initializers.items() if value.const_value is None}
     for name in lacking:
         if shapes.get(name) != _shape(graph.graph.initializers[name]):
-            raise CannotStamp(f"{name} is not the model's")
+            raise CannotCopy(f"{name} is not the model's")
     share(graph, lacking)
     return Kept(graph=graph, parts={name: parts[name] for name in lacking & set(graph.graph.initializers)})
 
@@ -95,9 +95,9 @@ def _refuse_what_loading_changes(kind: Any, config: Any, dtype: torch.dtype) -> 
 
     names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     if dtype != torch.float32 and any(getattr(kind, name, None) for name in names):
-        raise CannotStamp("parts of the model stay in float32")
+        raise CannotCopy("parts of the model stay in float32")
     if getattr(config, "quantization_config", None):
-        raise CannotStamp("its weights are quantised")
+        raise CannotCopy("its weights are quantised")
 
 
 def _stored(
@@ -106,7 +106,7 @@ def _stored(
     """Return the stored tensors of each parameter and buffer that a checkpoint has to have.
 
     Raises:
-        CannotStamp: One is missing, has another shape or a dtype that transformers converts in its own way.
+        CannotCopy: One is missing, has another shape or a dtype that transformers converts in its own way.
     """
     found = loaded_parts(checkpoint, model)
     ends: dict[int, list[str]] = {}
@@ -116,13 +116,13 @@ def _stored(
     for names in ends.values():
         stored = {found[name] for name in names if name in found}
         if len(stored) != 1:
-            raise CannotStamp(f"{names[0]} is stored {len(stored)} times")
+            raise CannotCopy(f"{names[0]} is stored {len(stored)} times")
         parts |= dict.fromkeys(names, stored.pop())
     for name, own in parts.items():
         if shape_of_parts(checkpoint, own) != shapes[name]:
-            raise CannotStamp(f"{name} has another shape")
+            raise CannotCopy(f"{name} has another shape")
         if any(checkpoint.tensors[part.tensor].code not in _CODES for part in own):
-            raise CannotStamp(f"{name} is stored in another kind of numbers")
+            raise CannotCopy(f"{name} is stored in another kind of numbers")
     return parts
 
 
@@ -150,7 +150,7 @@ def _strip(graph: ir.Graph, stored: Collection[str], buffers: Mapping[str, torch
         value.const_value = None
         if name not in stored:
             if name not in buffers:
-                raise CannotStamp(f"{name} is computed from what has no values")
+                raise CannotCopy(f"{name} is computed from what has no values")
             value.const_value = _tensor(buffers[name], name)
 
 

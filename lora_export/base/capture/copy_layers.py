@@ -1,6 +1,6 @@
 """Make the graph of a cut model as deep as the model is: copy the nodes of a layer for each that is like it.
 
-Rules, without which nothing is stamped:
+Rules, without which nothing is copied:
 
 1. A node belongs to a layer if the exporter says so and it depends on a layer's weights or cache. What does
    not (positions, masks, sizes) is computed once for all.
@@ -22,13 +22,13 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.base.capture.outline import CannotStamp, Stack
+from lora_export.base.capture.outline import CannotCopy, Stack
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _CACHE = re.compile(r"(past_key_values|present)\.(\d+)\.")
 
 
-def stamp(graph: ir.Graph, stack: Stack, has_cache: bool) -> None:
+def copy_layers(graph: ir.Graph, stack: Stack, has_cache: bool) -> None:
     """Copy the nodes of the chosen layers for all layers of a stack.
 
     Args:
@@ -37,7 +37,7 @@ def stamp(graph: ir.Graph, stack: Stack, has_cache: bool) -> None:
         has_cache: True if inputs ``past_key_values.n.…`` and outputs ``present.n.…`` are its layers'.
 
     Raises:
-        CannotStamp: A rule does not hold.
+        CannotCopy: A rule does not hold.
     """
     if stack.depth == len(stack.chosen):
         return
@@ -75,11 +75,11 @@ class _Layers:
             if number is None:
                 continue
             if any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
-                raise CannotStamp(f"{node.op_type} of layer {number} has a subgraph")
+                raise CannotCopy(f"{node.op_type} of layer {number} has a subgraph")
             self.nodes[number].append(node)
             self._layer[id(node)] = number
         if not all(self.nodes):
-            raise CannotStamp("a layer has no nodes")
+            raise CannotCopy("a layer has no nodes")
 
     def _scope(self, node: ir.Node) -> int | None:
         scopes = node.metadata_props.get(_SCOPES)
@@ -115,15 +115,15 @@ class _Layers:
             producer = value.producer()
             before = None if producer is None else self._layer.get(id(producer))
             if producer is None and self._number(value) not in (None, number):
-                raise CannotStamp(f"layer {number} reads {value.name!r}")
+                raise CannotCopy(f"layer {number} reads {value.name!r}")
             if producer is not None and before is None and self._depends(producer):
-                raise CannotStamp(f"layer {number} reads {value.name!r}, computed between layers")
+                raise CannotCopy(f"layer {number} reads {value.name!r}, computed between layers")
             if before not in (None, number, number - 1):
-                raise CannotStamp(f"layer {number} reads {value.name!r} of layer {before}")
+                raise CannotCopy(f"layer {number} reads {value.name!r} of layer {before}")
             if before == number - 1:
                 states[id(value)] = value
         if len(states) != 1:
-            raise CannotStamp(f"{len(states)} values go into layer {number}")
+            raise CannotCopy(f"{len(states)} values go into layer {number}")
         return next(iter(states.values()))
 
     def _depends(self, node: ir.Node) -> bool:
@@ -144,7 +144,7 @@ class _Layers:
         last = len(self.nodes) - 1
         found = {id(value): value for value in self._read_outside(last)}
         if len(found) != 1:
-            raise CannotStamp(f"{len(found)} values go out of the last layer")
+            raise CannotCopy(f"{len(found)} values go out of the last layer")
         return next(iter(found.values()))
 
     def _read_outside(self, number: int) -> Iterator[ir.Value]:
@@ -160,16 +160,16 @@ class _Layers:
         for number, state in enumerate(self.states):
             others = [value for value in self._read_outside(number) if value is not state]
             if number and others:
-                raise CannotStamp(f"layer {number} gives {others[0].name!r} as well")
+                raise CannotCopy(f"layer {number} gives {others[0].name!r} as well")
             if state.is_graph_output():
-                raise CannotStamp(f"the state {state.name!r} is an output")
+                raise CannotCopy(f"the state {state.name!r} is an output")
 
     def _check_sizes(self) -> None:
         """Rule 5, of all but the first, which is not copied."""
         ways = [*self.states, self._last]
         for number, (before, after) in enumerate(itertools.pairwise(ways), 1):
             if _sizes(before) is None or _sizes(before) != _sizes(after):
-                raise CannotStamp(f"layer {number} makes {after.shape} of {before.shape}")
+                raise CannotCopy(f"layer {number} makes {after.shape} of {before.shape}")
 
     def copy_all(self) -> None:
         """Write the layers behind the first again, and drop those that they were copied from."""
@@ -258,13 +258,13 @@ class _Comparison:
         self._pairs = {id(states[first - 1]): states[last - 1]}
 
     def check(self) -> None:
-        """Raise `CannotStamp` where two layers differ."""
+        """Raise `CannotCopy` where two layers differ."""
         one, other = self._layers.nodes[self._first], self._layers.nodes[self._last]
         if len(one) != len(other):
-            raise CannotStamp(f"layers {self._first} and {self._last} have {len(one)} and {len(other)} nodes")
+            raise CannotCopy(f"layers {self._first} and {self._last} have {len(one)} and {len(other)} nodes")
         for mine, theirs in zip(one, other, strict=True):
             if not self._are_same(mine, theirs):
-                raise CannotStamp(f"layers {self._first} and {self._last} differ: {mine.name}, {theirs.name}")
+                raise CannotCopy(f"layers {self._first} and {self._last} differ: {mine.name}, {theirs.name}")
 
     def _are_same(self, mine: ir.Node, theirs: ir.Node) -> bool:
         if mine.op_identifier() != theirs.op_identifier() or len(mine.inputs) != len(theirs.inputs):
