@@ -1,4 +1,4 @@
-"""Capture a checkpoint folder without its weights in memory: traced in outline, layers copied, weights attached.
+"""Capture a folder without its weights in memory: traced in outline, layers copied, weights attached.
 
 The graph is the one that tracing the loaded model gives, from the model's own code. Where this way can't be
 gone (`CannotCopy`, what transformers changes when it loads, a module that looks at values), the model is
