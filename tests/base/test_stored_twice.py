@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import build
-from transformers import AutoModelForCausalLM
 
 from lora_export.base.checkpoint import names
 from lora_export.base.checkpoint.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ def test_transformers_loads_one_of_them(twice: tuple[str, Path]) -> None:
     arch, base = twice
     stored = load_file(base / "model.safetensors")
     with tiny.quiet():
-        loaded = AutoModelForCausalLM.from_pretrained(base).state_dict()
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(base).state_dict()
     for name in (n for n in stored if n.startswith(PREFIX[arch]) and n in loaded):
         second = stored.get(name.removeprefix(PREFIX[arch]))
         if second is not None:
@@ -92,6 +92,26 @@ def test_older_names(tmp_path: Path) -> None:
     base = saved(tmp_path / "base", "bert", second)
     with pytest.raises(CheckpointError, match="twice"):
         Names(Checkpoint.open(base))
+
+
+def test_names_of_two_versions(tmp_path: Path) -> None:
+    """A model of several parts, whose older and newer names differ in front of the layer and begin alike."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8).to_dict(),
+        text_config=transformers.LlamaConfig(**sizes, vocab_size=64).to_dict(),
+        image_token_index=5,
+    )
+    model, base = transformers.LlavaForConditionalGeneration(config), tmp_path / "base"
+    model.save_pretrained(base)
+    refuse_stored_twice(base)
+    stored = load_file(base / "model.safetensors")
+    newer = {name: v.clone() for name, v in model.state_dict().items() if "layers." in name}
+    assert not set(newer) <= set(stored)
+    save_file({**stored, **newer}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="twice") as raised:
+        refuse_stored_twice(base)
+    assert any("language_model" in line for line in raised.value.problems)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "t5", "vit", "qwen2_moe"])

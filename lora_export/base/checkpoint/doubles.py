@@ -4,11 +4,13 @@ transformers loads ``layers.0.…`` and ``model.layers.0.…`` into the same par
 counts. A merge that changed the other one would have no effect. Two names of tied parameters (a head and its
 embedding) are two parameters.
 
-Asking transformers imports torch, so it is asked only if two names look like it (`may_be_doubles`).
+Asking transformers imports torch, so it is asked only if two names look like it: one is the end of the other
+(`may_be_doubles`; without transformers, these are refused), or they are layers alike (`has_layers_alike`).
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 # Ends of names of an older transformers, and today's.
 _OLDER = ((".gamma", ".weight"), (".beta", ".bias"))
 _SHOWN = 10
+# Components that may stand before a name; a stranger's name may have millions.
+_LARGEST_PREFIX = 8
+_NUMBER = re.compile(r"(?<=\.)[0-9]+\.")
 
 
 class StoredTwiceError(CheckpointError):
@@ -38,12 +43,31 @@ def may_be_doubles(checkpoint: Checkpoint) -> tuple[str, str] | None:
     return None
 
 
+def has_layers_alike(checkpoint: Checkpoint) -> bool:
+    """Return True if two tensors of one shape have the same name from the layer's number on.
+
+    Most are layers of an encoder and a decoder; some are one layer under two names of its model
+    (``language_model.model.layers.0.…``, ``model.language_model.layers.0.…``).
+    """
+    seen: set[tuple[str, tuple[int, ...]]] = set()
+    for name, tensor in checkpoint.tensors.items():
+        if (start := _NUMBER.search(name)) is None:
+            continue
+        layer = name[start.start() :], tensor.shape
+        if layer in seen:
+            return True
+        seen.add(layer)
+    return False
+
+
 def _other_names(name: str) -> Iterator[str]:
     """Yield the other names that a stored tensor's parameter may have."""
     yield from (f"{name.removesuffix(old)}{new}" for old, new in _OLDER if name.endswith(old))
     _, _, rest = name.partition(".")
     # A bare ``weight`` is no module's.
-    while "." in rest:
+    for _ in range(_LARGEST_PREFIX):
+        if "." not in rest:
+            return
         yield rest
         _, _, rest = rest.partition(".")
 

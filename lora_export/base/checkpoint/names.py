@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.doubles import may_be_doubles, refuse_doubles, refuse_unasked
+from lora_export.base.checkpoint.doubles import (
+    has_layers_alike,
+    may_be_doubles,
+    refuse_doubles,
+    refuse_unasked,
+)
 from lora_export.base.checkpoint.meta_model import LoadedNames, build_model, module_kind
 from lora_export.errors import CheckpointError, install_line
 from lora_export.formats.reading.wrappers import strip_wrappers
@@ -71,11 +76,13 @@ class Names:
 
     def _refuse_doubles(self) -> None:
         """Raise `StoredTwiceError` if two tensors are one parameter, as far as their names make one ask."""
+        if self._checkpoint.diffusers_class or not self._checkpoint.config:
+            return
         alike = may_be_doubles(self._checkpoint)
-        if alike is None or self._checkpoint.diffusers_class or not self._checkpoint.config:
+        if alike is None and not has_layers_alike(self._checkpoint):
             return
         _, problem = self._renamed
-        if problem == _NO_TRANSFORMERS:
+        if alike is not None and problem == _NO_TRANSFORMERS:
             refuse_unasked(self._checkpoint, *alike)
 
     def rename(self, named: Sequence[Named], flattened: bool = False, scope: str | None = None) -> Renaming:
