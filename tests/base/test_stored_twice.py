@@ -84,6 +84,20 @@ def test_every_verb(twice: tuple[str, Path], tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+def test_equal_values_do_no_harm_where_they_are_read(tmp_path: Path) -> None:
+    """Whichever is loaded, a graph has these values; a merge would change one of the two."""
+    base, adapter, out = tmp_path / "base", tiny.adapter("llama"), tmp_path / "m.onnx"
+    build("llama").save_pretrained(base)
+    stored = load_file(base / "model.safetensors")
+    again = {n.removeprefix("model."): v.clone() for n, v in stored.items() if ".layers." in n}
+    save_file({**stored, **again}, base / "model.safetensors", metadata={"format": "pt"})
+    merge_onnx(tiny.base_onnx("llama", "dynamo"), adapter, out, checkpoint=base)
+    got = tiny.run(out, tiny.feeds("llama", out))
+    assert tiny.relative_error(got, tiny.reference("llama", adapter)) < 2e-6
+    with pytest.raises(CheckpointError, match="twice"):
+        merge_checkpoint(base, adapter, tmp_path / "merged")
+
+
 def test_older_names(tmp_path: Path) -> None:
     def second(name: str) -> str | None:
         old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
@@ -106,7 +120,7 @@ def test_names_of_two_versions(tmp_path: Path) -> None:
     model.save_pretrained(base)
     refuse_stored_twice(base)
     stored = load_file(base / "model.safetensors")
-    newer = {name: v.clone() for name, v in model.state_dict().items() if "layers." in name}
+    newer = {name: v + 0.5 for name, v in model.state_dict().items() if "layers." in name}
     assert not set(newer) <= set(stored)
     save_file({**stored, **newer}, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="twice") as raised:

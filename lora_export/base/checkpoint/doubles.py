@@ -15,8 +15,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.errors import CheckpointError, install_line
+from lora_export.storage.safetensors import DTYPES
 
 if TYPE_CHECKING:
     from lora_export.base.checkpoint.names import StoredPart
@@ -73,7 +76,10 @@ def _other_names(name: str) -> Iterator[str]:
 
 
 def refuse_doubles(
-    checkpoint: Checkpoint, table: Mapping[str, Sequence[StoredPart]], known: Collection[str]
+    checkpoint: Checkpoint,
+    table: Mapping[str, Sequence[StoredPart]],
+    known: Collection[str],
+    is_changed: bool,
 ) -> None:
     """Raise `StoredTwiceError` if two tensors are loaded into one parameter.
 
@@ -81,6 +87,7 @@ def refuse_doubles(
         checkpoint: The base.
         table: Parameter → tensors that transformers loads into it, see `names.loaded_parts`.
         known: Parameters and buffers of the model: others are not loaded.
+        is_changed: True if its tensors are changed one by one; if it is only read, equal values do no harm.
     """
     found = []
     for parameter, parts in table.items():
@@ -88,7 +95,12 @@ def refuse_doubles(
         for part in parts if parameter in known else ():
             # Experts and halves that are joined are not doubles.
             pieces[part.expert, part.piece].append(part.tensor)
-        doubles = [_with_files(checkpoint, tensors) for tensors in pieces.values() if len(tensors) > 1]
+        several = [tensors for tensors in pieces.values() if len(tensors) > 1]
+        doubles = [
+            _with_files(checkpoint, tensors)
+            for tensors in several
+            if is_changed or not _are_equal(checkpoint, tensors)
+        ]
         found += [f"{names} are both loaded as {parameter}" for names in doubles]
     if found:
         more = [f"… ({len(found)} in all)"] * (len(found) > _SHOWN)
@@ -110,6 +122,18 @@ def refuse_unasked(checkpoint: Checkpoint, one: str, other: str) -> None:
         install_line("hf"),
         [f"{names} may be one parameter"],
     )
+
+
+def _are_equal(checkpoint: Checkpoint, tensors: Sequence[str]) -> bool:
+    """Return True if tensors hold the same bytes, as far as they can be read."""
+    first, *others = tensors
+    stored = [checkpoint.tensors[name] for name in tensors]
+    if any(
+        (one.code, one.shape) != (stored[0].code, stored[0].shape) or one.code not in DTYPES for one in stored
+    ):
+        return False
+    held = checkpoint.read(first).reshape(-1).view(np.uint8)
+    return all(np.array_equal(held, checkpoint.read(name).reshape(-1).view(np.uint8)) for name in others)
 
 
 def _with_files(checkpoint: Checkpoint, tensors: Sequence[str]) -> str:

@@ -59,13 +59,14 @@ class Names:
 
     Args:
         checkpoint: The base.
+        is_changed: True if its tensors will be changed, see `doubles.refuse_doubles`.
 
     Raises:
         StoredTwiceError: Two stored tensors are one parameter for transformers.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, *, is_changed: bool = False) -> None:
+        self._checkpoint, self._is_changed = checkpoint, is_changed
         self._stored = _unwrapped(checkpoint.tensors)
         self._known = self._known_of(self._stored)
         self._held: dict[str, ExpertLayout | None] = {}
@@ -213,7 +214,7 @@ class Names:
             table = loaded_parts(self._checkpoint, model)
         except Exception as error:  # a conversion that we don't know
             return {}, f"transformers' renaming can't be followed: {type(error).__name__}: {error}"
-        refuse_doubles(self._checkpoint, table, model.state_dict())
+        refuse_doubles(self._checkpoint, table, model.state_dict(), self._is_changed)
         return table, ""
 
 
