@@ -331,12 +331,15 @@ def _given_weights(checkpoint: Checkpoint) -> CheckpointWeights:
     """Return the weights of the folder that the user gave.
 
     Raises:
-        CheckpointError: The folder is quantised in a way that is not understood.
+        CheckpointError: The folder is quantised in a way that is not understood, or stores parameters twice.
     """
+    from lora_export.base.checkpoint.doubles import StoredTwiceError
     from lora_export.base.checkpoint.weights import CheckpointWeights
 
     try:
         return CheckpointWeights(checkpoint)
+    except StoredTwiceError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(
             f"{error.message}: the graph's values can't be compared with it",

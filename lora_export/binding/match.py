@@ -22,10 +22,17 @@ from lora_export.plan import PlanRow, Refusal
 from lora_export.sites.grouped import grouped_dora
 from lora_export.sites.kinds import as_seen
 from lora_export.sites.matrices import embedding_of, linear_of
+from lora_export.sites.whole import is_like_transpose
 
 _ABSENT = ("not exposed", "not found")
 _UNKNOWN = Refusal("not found", "the graph has no parameter of this name")
 _UNREAD = Refusal("merge only", "replaces the whole parameter, whose values in the base can't be told")
+_EITHER_WAY = Refusal(
+    "unproven",
+    "replaces a whole square matrix, and neither the graph's LoRA record nor its values say whether the "
+    "module stores it transposed, as transformers' Conv1D does",
+    "make the graph with this adapter and --checkpoint BASE_DIR (swap-onnx or bank-onnx)",
+)
 _REPLACED = Refusal("merge only", "replaces the whole parameter, which the graph keeps as a constant")
 
 
@@ -248,7 +255,7 @@ def _as_used(lora: LoraModule, place: Place) -> LoraModule | Refusal:
     if canonical[0] != canonical[1]:
         turned = lora.matrix_shape != canonical
     elif turned is None:
-        turned = _kept_turned(lora, member)
+        turned = _kept_turned(f"{lora.path}.{lora.parameter}", member)
     if turned is None:
         return Refusal(
             "not exposed",
@@ -258,9 +265,8 @@ def _as_used(lora: LoraModule, place: Place) -> LoraModule | Refusal:
     return embedding_of(lora, turned) if module.kind == "embedding" else linear_of(lora, turned)
 
 
-def _kept_turned(lora: LoraModule, member: Member) -> bool | None:
-    """Return True if the graph keeps the matrix's own name: as the module holds it, turned for a product."""
-    name = f"{lora.path}.{lora.parameter}"
+def _kept_turned(name: str, member: Member) -> bool | None:
+    """Return whether a module holds its matrix turned, if the graph keeps the matrix's name; else None."""
     named = [rows for rows in member.stored if rows.weight == name or name.endswith(f".{rows.weight}")]
     return named[0].transposed if named and len(named) == len(member.stored) else None
 
@@ -320,7 +326,8 @@ def _place_replaced(
         place = finder.find(path)
         member = place.member if isinstance(place, Place) else Member(path=path, start=0, out_dim=0)
         stored = member.stored_bias if leaf == "bias" else member.stored
-        if weight_of is not None and holds(values, stored, key, weight_of):
+        forms = _stored_forms(values, place)
+        if weight_of is not None and any(holds(form, stored, key, weight_of) for form in forms):
             reason = "the base holds the same values"
             found.unchanged.append(
                 PlanRow(
@@ -334,6 +341,15 @@ def _place_replaced(
         refusal = _replace_one(found, place, key=key, values=values, weight_of=weight_of, tensors=tensors)
         if refusal:
             found.refuse(adapter.name, key, tensors, refusal)
+
+
+def _stored_forms(values: Array, place: Place | Refusal) -> list[Array]:
+    """Return a whole parameter as it is, and turned if its module may store it so (transformers' Conv1D)."""
+    if isinstance(place, Refusal) or place.module.kind != "linear" or values.ndim != 2:
+        return [values]
+    size = (place.member.out_dim, place.module.in_dim)
+    turned = place.member.held_turned if size[0] == size[1] else values.shape != size
+    return [values, values.T] if turned is None else [values.T if turned else values]
 
 
 def _replace_one(
@@ -380,15 +396,30 @@ def _weight_change(
     if any(length != 1 for length in module.kernel) or module.groups > 1:
         return _REPLACED
     wanted = size[::-1] if module.kind == "embedding" else size
+    if module.kind == "linear" and values.ndim == 2 and values.shape == wanted[::-1] != wanted:
+        values = values.T
     if values.shape[:2] != wanted or values.size != wanted[0] * wanted[1]:
         return Refusal("shape", f"shapes differ: {values.shape}, the graph has {wanted}")
     old = _values_of(place.member.stored, wanted, weight_of)
     if isinstance(old, Refusal):
         return old
+    if module.kind != "embedding" and values.ndim == 2 and wanted[0] == wanted[1]:
+        turned = _copy_turned(f"{path}.weight", place.member, values, old)
+        if turned is None:
+            return _EITHER_WAY
+        values = values.T if turned else values
     kind: Kind = "embedding" if module.kind == "embedding" else "linear"
     return _as_exposed(
         change_of(path, kind, new=values.reshape(wanted), old=old, tensor_names=tensors), module
     )
+
+
+def _copy_turned(key: str, member: Member, values: Array, old: Array) -> bool | None:
+    """Return whether a square module stores its weight turned: by the record, by values, by a kept name."""
+    if member.held_turned is not None:
+        return member.held_turned
+    by_values = None if np.isnan(old).any() else is_like_transpose(values, old)
+    return _kept_turned(key, member) if by_values is None else by_values
 
 
 def _bias_change(

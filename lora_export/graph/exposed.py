@@ -82,7 +82,7 @@ class Member:
         stored: Places of its W0; empty if the weight is quantised or was rescaled.
         stored_bias: Places of its bias, as one row; empty if it has none or it is a part of another.
         held_turned: True if the base's module holds the transpose of the canonical weight (a matrix of its
-            own, used as ``x @ W``); None if no adapter that changes it that way asked for the branch.
+            own, used as ``x @ W``, or a square Conv1D's); None if nothing tells, or a shape does.
     """
 
     path: str

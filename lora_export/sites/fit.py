@@ -31,6 +31,9 @@ def accepts(target: Target, use: Use) -> bool:
     """Return True if a use is of the kind that the target's module has."""
     assert use.root.const_value is not None
     rank, kind = len(use.root.const_value.shape), use.operand.kind
+    if target.stored_turned and kind not in ("linear", "conv"):
+        # A table of rows that are looked up is never stored turned.
+        return False
     if pointwise(target, use):
         return True
     if target.kind == "vector":

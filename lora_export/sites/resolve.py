@@ -27,7 +27,7 @@ from functools import partial
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import GraphFile, release, shape_of
 from lora_export.plan import Refusal, RefusalKind
-from lora_export.sites import fit, kinds, matrices
+from lora_export.sites import fit, kinds, matrices, whole
 from lora_export.sites.doubts import changed, readers, turned
 from lora_export.sites.doubts.answers import computed_answers
 from lora_export.sites.doubts.conflicts import without_conflicts
@@ -149,7 +149,9 @@ class Resolver:
         change = rename(named, self._known, flattened=flattened, scope=scope if here or not there else None)
         self._wanted = {name for name in change.names if name}
         searched = [use for use in self.uses if not use.quantised and not self._refusal(use)]
-        search = ValueSearch(self.uses, searched, self.weight_of, self._wanted, hint_of=self._hint_of)
+        search = ValueSearch(
+            self.uses, searched, self.weight_of, self._wanted, hint_of=self._hint_of, remedy=self._remedy()
+        )
         named_so = [self._find(target, number, change, search) for number, target in enumerate(targets)]
         found = [self._explained(item, change) for item in search.find_all(named_so)]
         misses = [miss for miss in found if isinstance(miss, Miss)]
@@ -159,7 +161,10 @@ class Resolver:
         if flattened and self._branches:
             # The names of what is exposed are paths, with their dots.
             dotted = self._dotted(targets, change)
-            placed = [replace(s, target=replace(s.target, key=dotted[id(s.target)])) for s in placed]
+            placed = [
+                replace(s, target=replace(s.target, key=dotted.get(id(s.target), s.target.key)))
+                for s in placed
+            ]
         sites, misses = without_conflicts(placed, misses)
         unread = unused_sites(self._graph, self._reach, sites)
         sites = [site for site in sites if id(site.target) not in unread]
@@ -231,7 +236,7 @@ class Resolver:
             return matrices.find_matrix(target, held, partial(self._one_form, search, name, lost))
         if name is None:
             return lost
-        found = self._of_its_kind(target, name)
+        found = whole.find_whole(target, partial(self._of_its_kind, name=name), self._remedy())
         if isinstance(found, Site):
             for part in found.parts:
                 release(part.root)

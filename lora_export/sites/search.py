@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import release
 from lora_export.plan import Refusal
-from lora_export.sites import fit, matrices
+from lora_export.sites import fit, matrices, whole
 from lora_export.sites.doubts import readers
 from lora_export.sites.operand import Use
 from lora_export.sites.target import ConstantPart, ExpertStack, Miss, Site, Target, Wanted, WeightOf
@@ -26,6 +26,7 @@ class ValueSearch:
         weight_of: Look-up in the checkpoint; None without one.
         names: The graph's names for the adapter's targets.
         hint_of: Function that returns a hint for parts whose readers can't be told apart, or "".
+        remedy: Advice where only values would tell.
     """
 
     def __init__(
@@ -36,25 +37,39 @@ class ValueSearch:
         names: Collection[str],
         *,
         hint_of: Callable[[Sequence[ConstantPart]], str],
+        remedy: str,
     ) -> None:
-        self._hint_of = hint_of
+        self._hint_of, self._remedy = hint_of, remedy
         self._uses, self._searched, self._weight_of, self._names = uses, searched, weight_of, names
 
     def find_all(self, found: Sequence[Site | Miss]) -> list[Site | Miss]:
         """Find targets that no name led to by their values, all in one pass over the graph's constants."""
-        lost = [item.target for item in found if isinstance(item, Miss)]
-        lost = [t for t in lost if not matrices.is_matrix(t) and self._values(t) is not None]
+        misses = [item for item in found if isinstance(item, Miss)]
+        forms = {id(miss.target): self._sought(miss.target) for miss in misses}
+        lost = [form for several in forms.values() for form in several]
         sought = [target for target in lost if target.experts == 1 and target.kind != "vector"]
         places = find_places(self._searched if lost else [], sought, self._matrices)
-        wanted = {id(target) for target in lost}
         return [
-            self.find(item, values, places.get(id(item.target)))
-            if isinstance(item, Miss)
-            and id(item.target) in wanted
-            and (values := self._values(item.target)) is not None
+            whole.choose(item.target, list(self._each(item, forms[id(item.target)], places)), self._remedy)
+            if isinstance(item, Miss) and forms[id(item.target)]
             else item
             for item in found
         ]
+
+    def _sought(self, target: Target) -> list[Target]:
+        """Return the forms of a target whose values are known."""
+        if matrices.is_matrix(target):
+            return []
+        return [form for form in whole.forms_of(target) if self._values(form) is not None]
+
+    def _each(
+        self, miss: Miss, forms: Sequence[Target], places: Mapping[int, Places]
+    ) -> Iterator[Site | Miss]:
+        """Yield the site or the miss of each form of a target."""
+        for form in forms:
+            values = self._values(form)
+            assert values is not None
+            yield self.find(replace(miss, target=form), values, places.get(id(form)))
 
     def find(self, miss: Miss, wanted: Wanted, places: Places | None = None) -> Site | Miss:
         """Return the site with a target's values, among possible places (None: anywhere), or a miss."""

@@ -37,6 +37,8 @@ class Target:
         held_turned: For a module's own matrix, True if the canonical weight is the transpose of what the
             module holds (``x @ W``); None for the weight of a module as PEFT knows modules.
         for_all_ends: True if it replaces all parameters that share the weight, see `formats.whole_copies`.
+        stored_turned: True if ``values`` are the transpose of what the module and the adapter's file hold,
+            see `sites.whole`.
     """
 
     key: str
@@ -49,6 +51,7 @@ class Target:
     values: Array | None = None
     held_turned: bool | None = None
     for_all_ends: bool = False
+    stored_turned: bool = False
 
     @property
     def path(self) -> str:

@@ -39,6 +39,7 @@ from lora_export.base.capture.timestep import spread_timestep
 from lora_export.base.capture.traced import Traced
 from lora_export.base.capture.without_weights import graph_without_weights
 from lora_export.base.checkpoint.checkpoint import Checkpoint, diffusers_class
+from lora_export.base.checkpoint.names import refuse_stored_twice
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
 from lora_export.base.lowering import RUNTIMES, Runtime
@@ -128,6 +129,7 @@ def capture_checkpoint(
     if is_lowered:
         require("onnxruntime", extra="cpu")
     path = Path(folder)
+    refuse_stored_twice(path)
     way = Way(
         dtype=dtype,
         kv_cache=kv_cache,

@@ -11,11 +11,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.doubles import (
+    has_layers_alike,
+    may_be_doubles,
+    refuse_doubles,
+    refuse_unasked,
+)
 from lora_export.base.checkpoint.meta_model import LoadedNames, build_model, module_kind
-from lora_export.errors import install_line
+from lora_export.errors import CheckpointError, install_line
 from lora_export.formats.reading.wrappers import strip_wrappers
 from lora_export.sites.experts import ExpertLayout
 from lora_export.sites.naming.known_names import KnownNames
@@ -52,16 +59,32 @@ class Names:
 
     Args:
         checkpoint: The base.
+        is_changed: True if its tensors will be changed, see `doubles.refuse_doubles`.
+
+    Raises:
+        StoredTwiceError: Two stored tensors are one parameter for transformers.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, *, is_changed: bool = False) -> None:
+        self._checkpoint, self._is_changed = checkpoint, is_changed
         self._stored = _unwrapped(checkpoint.tensors)
         self._known = self._known_of(self._stored)
         self._held: dict[str, ExpertLayout | None] = {}
+        self._refuse_doubles()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
+
+    def _refuse_doubles(self) -> None:
+        """Raise `StoredTwiceError` if two tensors are one parameter, as far as their names make one ask."""
+        if self._checkpoint.diffusers_class or not self._checkpoint.config:
+            return
+        alike = may_be_doubles(self._checkpoint)
+        if alike is None and not has_layers_alike(self._checkpoint):
+            return
+        _, problem = self._renamed
+        if alike is not None and problem == _NO_TRANSFORMERS:
+            refuse_unasked(self._checkpoint, *alike)
 
     def rename(self, named: Sequence[Named], flattened: bool = False, scope: str | None = None) -> Renaming:
         """Return the path of each parameter of one adapter, for `parts`.
@@ -188,9 +211,20 @@ class Names:
         if model is None:
             return {}, problem
         try:
-            return loaded_parts(self._checkpoint, model), ""
+            table = loaded_parts(self._checkpoint, model)
         except Exception as error:  # a conversion that we don't know
             return {}, f"transformers' renaming can't be followed: {type(error).__name__}: {error}"
+        refuse_doubles(self._checkpoint, table, model.state_dict(), self._is_changed)
+        return table, ""
+
+
+def refuse_stored_twice(folder: Path) -> None:
+    """Raise `StoredTwiceError` if a folder's safetensors hold a parameter under two names."""
+    try:
+        checkpoint = Checkpoint.open(folder)
+    except CheckpointError:  # other files, or damaged ones: loading them tells
+        return
+    Names(checkpoint)
 
 
 def _tails(name: str) -> Iterator[str]:

@@ -167,7 +167,7 @@ class AdapterWeights:
         if len(parts) != 1 or parts[0].piece != (0, 1) or parts[0].expert is not None:
             return None
         values = self._quantised.values(parts[0].tensor)
-        values = values.T if parts[0].transposed else values
+        values = values.T if parts[0].transposed != target.stored_turned else values
         if target.kind == "parameter" and values.ndim == 3 and len(values) == 1:
             values = values[0]
         if values.shape == target.shape:

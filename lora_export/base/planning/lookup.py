@@ -49,7 +49,7 @@ class Lookup:
     def __init__(self, checkpoint: Checkpoint, quantised: Quantised, ledger: Ledger) -> None:
         self._checkpoint, self._quantised, self._ledger = checkpoint, quantised, ledger
         self.absent: list[str] = []
-        self._names = Names(checkpoint)
+        self._names = Names(checkpoint, is_changed=True)
         self._renaming = Renaming(names=())
         self._numbers: dict[Named, int] = {}
         self._is_flattened = False

@@ -19,6 +19,7 @@ from lora_export.sites.target import ConstantPart, Site, Target
 from lora_export.sites.values.held import held_of, name_of_floats
 from lora_export.sites.values.ranges import may_hold_activation
 from lora_export.sites.values.verify import rectangle
+from lora_export.sites.whole import stores_turned
 
 _TRANSPOSING = ("transA", "transBatchA")
 
@@ -148,8 +149,16 @@ def _branch_of(site: Site, calls: dict[int, Call]) -> Branch | Refusal:
         groups=groups,
         lora=module,
         stored=_stored(site.parts, codes=site.target.action == "replace"),
-        held_turned=target.held_turned,
+        held_turned=_held_turned(target, site),
     )
+
+
+def _held_turned(target: Target, site: Site) -> bool | None:
+    """Return whether a module holds the transpose of its weight, for square ones and whole copies of them."""
+    out_dim, in_dim, *more = target.shape
+    if target.held_turned is not None or target.kind != "linear" or out_dim != in_dim or more:
+        return target.held_turned
+    return target.stored_turned if target.action == "replace" else stores_turned(site)
 
 
 def _refused(reason: str) -> Refusal:

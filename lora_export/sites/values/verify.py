@@ -139,9 +139,12 @@ def rectangle(matrix: Array, placement: Placement) -> Array:
 
 
 def orientations(target: Target, wanted: Array) -> list[Array]:
-    """Return the checkpoint's matrix, and a square one also transposed, because it may be a Conv1D's."""
+    """Return the checkpoint's matrix, and a square one also transposed, because it may be a Conv1D's.
+
+    A whole copy lies as the checkpoint does: its forms are compared one by one (`sites.whole`).
+    """
     matrix = wanted.reshape(target.matrix)
-    square = target.kind in ("linear", "any") and wanted.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    square = target.kind == "linear" and wanted.ndim == 2 and matrix.shape[0] == matrix.shape[1]
     return [matrix, matrix.T] if square else [matrix]
 
 
