@@ -128,11 +128,11 @@ def capture(
     graph = Path(output)
     pipeline = open_several(Path(checkpoint), kv_cache, graph)
     if pipeline is not None:
-        given = {"--share-base": share_base, "--quantize": choice is not None}
-        if pipeline.index:
-            given |= {"--kv-cache": kv_cache, "--fused": fused}
-        given |= {"--runtime": runtime != "portable"}
-        pipeline.refuse_options(given | {"--trace outline": trace == "outline"})
+        pipeline.refuse_options(
+            {"--share-base": share_base, "--quantize": choice is not None}
+            | ({"--kv-cache": kv_cache, "--fused": fused} if pipeline.index else {})
+            | {"--runtime": runtime != "portable", "--trace outline": trace == "outline"}
+        )
         written = capture_pipeline(pipeline, graph, dtype, fused=fused, force=force, proven=twin)
         return CaptureReport(written)
     paths = output_paths(graph)
@@ -156,8 +156,7 @@ def capture(
             trace=trace,
             fused=fused,
             runtime=runtime,
-            # Sums of stored weights are not in the checkpoint's files.
-            packed=not share_base,
+            packed=not share_base,  # what is packed is in no file of the checkpoint
             proven=twin,
             share_from=graph.parent if share_base else None,
         )
