@@ -33,8 +33,9 @@ from typing import Any, Callable, Sequence  # noqa: UP035
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The end of a log that is printed: bytes, lines, and letters of a line.
 END_BYTES, END_LINES, LINE = 1 << 16, 20, 2000
-# A record has fewer bytes.
+# A record has fewer bytes. What reading something else may raise.
 MOST = 1 << 26
+NOT_A_RECORD = (OSError, ValueError, LookupError, TypeError, RecursionError)
 # What trtexec's statements begin with: ``[12/01/2026-10:00:00] [I] [TRT] ``.
 BEGINS = r"(?m:^)(?:\[[\w/:. -]{1,40}\] ?){0,4}"
 
@@ -99,7 +100,7 @@ def refusal(source: dict[str, Any], engine: Path) -> str:
     record = engine.with_suffix(".json")
     if not any(os.path.lexists(str(path)) for path in (engine, record)):
         return ""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+    with contextlib.suppress(*NOT_A_RECORD):
         # Opening a pipe could wait for ever.
         if record.is_file():
             with record.open("rb") as file:
