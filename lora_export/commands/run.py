@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lora_export.commands.printing import print_lines
+from lora_export.commands.printing import JsonAnswer, print_lines
 from lora_export.commands.verb import Verb
 from lora_export.untrusted.documents import MAX_YAML_BYTES
 from lora_export.untrusted.shown import command
@@ -56,6 +56,9 @@ def run(context: click.Context, recipe: Path, force: bool, dry_run: bool, quiet:
             text = command(["lora-export", step.verb, *step.arguments])
             text = text or f"lora-export {step.verb}, with words that --dry-run prints"
             print_lines([f"step {number} of {len(steps)}: {text}"], err=True)
+        if isinstance(root.obj, JsonAnswer):
+            # A step that asks for JSON gets it for its errors too, as when it is typed.
+            root.obj.is_given = "--json" not in step.arguments
         try:
             with (
                 reading([recipe]),

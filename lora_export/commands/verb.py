@@ -51,7 +51,7 @@ _OPTIONS = {
 }
 _OTHERS = "More"
 # Options that name what is written, by their Python names.
-_WRITTEN = ("output", "report", "junit", "html", "plot")
+_WRITTEN = ("output", "reports", "junit", "html", "plot")
 # A verb with fewer options is read at one glance.
 _FEW = 9
 

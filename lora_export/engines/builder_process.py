@@ -28,8 +28,8 @@ from lora_export.untrusted.fields import from_plain
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MEMORY = {
-    "weights": re.compile(r"^Total Weights Memory: (\d+) bytes"),
-    "activations": re.compile(r"^Total Activation Memory: (\d+) bytes"),
+    "weights": re.compile(r"^Total Weights Memory: ([0-9]{1,18}) bytes"),
+    "activations": re.compile(r"^Total Activation Memory: ([0-9]{1,18}) bytes"),
 }
 
 

@@ -212,8 +212,8 @@ def _own_flags(plan: BuildPlan, group: Group) -> Iterator[str]:
     yield from ("--backend", group.compiler.name, "--name", plan.name)
     if len(group.targets) > 1:
         yield "--together"
-    # The memory was checked when the kit was made, and the user wants it built again.
-    yield from ("--ignore-memory", "--force")
+    # The memory was checked when the kit was made.
+    yield "--ignore-memory"
     for name, value in asdict(plan.options).items():
         if name == "workspace_bytes":
             if value is not None:

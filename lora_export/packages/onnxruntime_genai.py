@@ -133,7 +133,8 @@ def _contents(paths: Iterable[Path]) -> Iterator[tuple[Path, bytes]]:
 
 def _read(path: Path, base: Path) -> Any:
     hint = "correct the file, or move it away if the output is not for onnxruntime-genai"
-    return read_json(path, PackageError, hint, given=base)
+    # It may be written again, and NaN and infinities are not JSON.
+    return read_json(path, PackageError, hint, given=base, finite=True)
 
 
 def _graphs(config: Any) -> Iterator[str]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from lora_export.adapter import Array
 from lora_export.errors import BackendError
 from lora_export.graph.exposed import WEIGHTS_INPUT
@@ -63,6 +65,8 @@ def check_feeds(
             problems.append(f"{name}: a LoRA tensor; load_adapter and run(adapter=…) set it")
         elif name not in inputs:
             problems.append(f"{name}: not an input of the graph")
+        elif isinstance(value, np.ma.MaskedArray):
+            problems.append(f"{name}: a masked array, whose mask no model gets; give .filled(VALUE)")
         elif problem := type_problem(name, value):
             problems.append(f"{name}: {problem}")
     own = [port for port in inputs.values() if port.name != WEIGHTS_INPUT]
@@ -78,14 +82,20 @@ def choose_outputs(path: Path, known: Sequence[str], names: Sequence[str] | None
     """Return the outputs to compute: all, or the requested ones.
 
     Raises:
-        BackendError: The model lacks a requested output.
+        BackendError: The model lacks a requested output, or ``names`` is not a list of names.
     """
     if names is None:
         return known
+    # A text would be read letter by letter.
+    if isinstance(names, str | bytes) or not isinstance(names, Collection):
+        raise BackendError(
+            f"outputs is of type {type(names).__name__}, wanted a list of names",
+            f"give outputs=[…] with some of: {', '.join(known)}",
+        )
     if unknown := [name for name in names if name not in known]:
         raise BackendError(
             f"{path.name} has no output {', '.join(map(repr, unknown))}", f"it has: {', '.join(known)}"
         )
     if len(set(names)) < len(names):
         raise BackendError(f"outputs of {path.name} are asked for twice", "name each output once")
-    return names
+    return list(names)

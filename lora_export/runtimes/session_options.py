@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from lora_export.runtimes.ort.device import Provider
 
 PathLike = str | os.PathLike[str]
 _ENGINE_ALONE = ("profile", "runtime_cache", "weight_streaming_budget_bytes", "source")
+# The smallest and the largest number that an option takes; threads and device_id are C's int in the runtimes.
+_INT, _INT64 = 2**31 - 1, 2**63 - 1
+_RANGES = {
+    "max_adapters": (1, _INT64),
+    "max_bytes": (1, _INT64),
+    "threads": (1, _INT),
+    "max_cuda_graphs": (1, _INT64),
+    "device_id": (0, _INT),
+    "weight_streaming_budget_bytes": (0, _INT64),
+}
 _GRAPH_ALONE = ("threads", "session_options")
 
 
@@ -100,22 +111,29 @@ class SessionOptions:
             problems.append(f"provider is {self.provider!r}, wanted 'cpu' or 'cuda'")
         if self.cuda_graph and provider != "cuda":
             problems.append(f"cuda_graph=True with provider {provider!r}, wanted 'cuda'")
-        least = {
-            "max_adapters": 1,
-            "max_bytes": 1,
-            "threads": 1,
-            "max_cuda_graphs": 1,
-            "device_id": 0,
-            "weight_streaming_budget_bytes": 0,
-        }
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                problems.append(f"{name} is {value}, wanted at least {smallest}")
+        problems += [
+            problem
+            for name, (least, most) in _RANGES.items()
+            if (value := getattr(self, name)) is not None
+            and (problem := _number_problem(name, value, least, most))
+        ]
         return problems
 
     def _strange(self, names: tuple[str, ...], reason: str) -> list[str]:
         return [f"{name} is {reason}" for name in names if getattr(self, name) is not None]
+
+
+def _number_problem(name: str, value: Any, least: int, most: int) -> str:
+    wrong = f"{name} is {value!r}, wanted a whole number"
+    if isinstance(value, bool):
+        return wrong
+    try:
+        number = index(value)
+    except TypeError:
+        return wrong
+    if number < least:
+        return f"{name} is {value}, wanted at least {least}"
+    return f"{name} is {value}, wanted at most {most}" if number > most else ""
 
 
 def _raise(problems: list[str]) -> None:

@@ -27,9 +27,10 @@ from lora_export.storage.commit.steps import (
 )
 from lora_export.storage.commit.told import has_begun, has_ended
 from lora_export.storage.inputs import forget_inputs, refuse_changed_inputs
-from lora_export.untrusted.places import all_below, exists, is_file, is_folder, is_link, is_there
+from lora_export.untrusted.places import all_below, exists, is_file, is_folder, is_link, is_there, special
 
 _ANOTHER_NAME = "choose another name"
+_SHOWN = 8
 # Files that callers are reading; see `reading`.
 _READ_ABOVE: ContextVar[tuple[Path, ...]] = ContextVar("_READ_ABOVE", default=())
 
@@ -91,7 +92,7 @@ class OutputSet:
 
         Raises:
             OutputError: ``target`` exists and ``force`` is off, is an input, is a folder instead of a file or
-                the other way round, or its folder can't be written.
+                the other way round, is or holds neither (`refuse_special`), or its folder can't be written.
         """
         refuse_inputs([target], self._reads)
         force = self._force if force is None else force
@@ -105,9 +106,7 @@ class OutputSet:
         if target.parent not in {entry.target.parent for entry in self._staged}:
             tidy(target.parent)
         if folder:
-            refuse_existing([target], force)
-            if is_file(target):
-                raise OutputError(f"{target} is a file, but the output is a folder", _ANOTHER_NAME)
+            _refuse_replacing_folder(target, force)
         else:
             refuse_replacing([target], force)
         make_parent(target)
@@ -143,6 +142,7 @@ class OutputSet:
             refuse_inputs([entry.target for entry in self._staged], self._reads)
             _refuse(_existing(self._kept))
             targets = [entry.target for entry in self._staged]
+            refuse_special(targets)
             # Before they are judged: what comes later is found when they are renamed.
             known = {path: frozenset(places_below(path)) for path in targets if is_folder(path)}
             if check is not None:
@@ -162,7 +162,11 @@ class OutputSet:
 
 
 def refuse_existing(targets: list[Path], force: bool) -> None:
-    """Raise `OutputError` naming every target that already exists, unless ``force`` is set."""
+    """Raise `OutputError` naming every target that already exists, unless ``force`` is set.
+
+    What is neither a file nor a folder is refused always (`refuse_special`).
+    """
+    refuse_special(targets)
     if force:
         return
     existing = _existing(targets)
@@ -172,6 +176,31 @@ def refuse_existing(targets: list[Path], force: bool) -> None:
             tidy(folder)
         existing = _existing(targets)
     _refuse(existing)
+
+
+def refuse_special(targets: Iterable[Path]) -> None:
+    """Raise `OutputError` for each target that is a device, a pipe or a socket, or a link to one.
+
+    An output replaces what has its name: ``/dev/stdout`` would be a file for every program from then on.
+    """
+    if found := [
+        f"{target}: is not a regular file but {what}" for target in targets if (what := special(target))
+    ]:
+        raise OutputError(
+            "an output can't replace what is neither a file nor a folder, even with --force",
+            "name a file; for output on the terminal use --json",
+            found[:_SHOWN],
+        )
+
+
+def _refuse_replacing_folder(folder: Path, force: bool) -> None:
+    """Raise `OutputError` for an existing folder, unless ``force``; always for a file or special content."""
+    refuse_existing([folder], force)
+    if is_file(folder):
+        raise OutputError(f"{folder} is a file, but the output is a folder", _ANOTHER_NAME)
+    if is_folder(folder) and not is_link(folder):
+        with output_errors(folder):
+            refuse_special(all_below(folder))
 
 
 def _existing(targets: list[Path]) -> list[str]:

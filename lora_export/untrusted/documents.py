@@ -9,8 +9,9 @@ All documents are read here, and are checked before anything else uses them:
 4. No object has a key twice: the last one would silently win.
 5. Numbers that are computed with are finite. Configs of transformers may hold ``Infinity`` and ``NaN``
    (``time_step_limit``), so this rule is the caller's choice.
-6. No integer of a JSON document is too large for a float: later code may turn it into one. (Tokenizers'
-   configs hold 10³⁰, more than 64 bits.)
+6. No number of a JSON document is too large for a float: later code may turn an integer into one, and
+   ``1e999`` would be written again as ``Infinity``, which is not JSON. (Tokenizers' configs hold 10³⁰, more
+   than 64 bits.)
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def parse_json(
             text,
             object_pairs_hook=once,
             parse_constant=_no_number if finite else None,
-            parse_float=_finite_float if finite else None,
+            parse_float=_finite_float,
             parse_int=_whole,
         )
     except RecursionError as error:
@@ -366,6 +367,7 @@ def _whole(text: str) -> int:
 
 
 def _finite_float(text: str) -> float:
+    """Keep rule 6."""
     value = float(text)
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"{text} is too large for a float")

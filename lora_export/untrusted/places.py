@@ -21,6 +21,13 @@ from pathlib import Path
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBADF})
 # The same on Windows: no device, no such name, a link that leads nowhere.
 _ABSENT_WINDOWS = frozenset({21, 123, 1921})
+# What is neither a file nor a folder, in everyday words.
+_SPECIAL = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a disk",
+}
 
 
 def is_possible(path: Path) -> bool:
@@ -61,6 +68,22 @@ def is_folder(path: str | Path) -> bool:
 def is_link(path: str | Path) -> bool:
     """Return whether there is a link; errors as of `is_file`."""
     return stat.S_ISLNK(_mode(path, os.lstat) or 0)
+
+
+def special(path: str | Path) -> str:
+    """Return what is there, links followed, if it is neither a file nor a folder, such as "a pipe"; else "".
+
+    A link into ``/proc`` stands for an open file of a process (``/dev/stdout``), whatever that is just now.
+
+    Raises:
+        OSError: The system can't say it.
+    """
+    if is_link(path) and os.fspath(Path(path).readlink()).startswith("/proc/"):
+        return "a link to an open file of a process"
+    mode = _mode(path, os.stat)
+    if mode is None or stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return ""
+    return ("a link to " if is_link(path) else "") + _SPECIAL.get(stat.S_IFMT(mode), "a special file")
 
 
 def listed(folder: Path, pattern: str = "*") -> list[Path]:

@@ -294,6 +294,32 @@ def write(folder: Path, needs: str, *adapters: str) -> Path:
     return path
 
 
+def test_a_step_that_fails_answers_in_json_if_it_was_asked_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tiny
+
+    missing, good = tmp_path / "missing", tiny.adapter("conv", "plain", 0)
+    with pytest.raises(SystemExit) as typed_stop:
+        main(["inspect", str(missing), "--json"])
+    typed = json.loads(capsys.readouterr().out)
+    recipe = write(tmp_path, "[]", str(good), str(missing))
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(recipe)])
+    said = capsys.readouterr().out
+    assert stop.value.code == typed_stop.value.code == 1
+    _, rest = json.JSONDecoder().raw_decode(said)
+    found = json.loads(said[rest:])
+    assert found["error"].keys() == typed["error"].keys()
+    assert found["error"]["message"].endswith(typed["error"]["message"])
+    # A step that does not ask for it gets none.
+    recipe.write_text(recipe.read_text().replace(f"{missing}, json: true", f"{missing}"), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["run", str(recipe)])
+    said = capsys.readouterr().out
+    assert not said[json.JSONDecoder().raw_decode(said)[1] :].strip()
+
+
 def test_steps_run_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import tiny
 

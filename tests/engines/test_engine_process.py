@@ -1,6 +1,7 @@
 """The builder's process: it ends with its parent, finds the user's packages, and may say what it likes."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from engine_graphs import product
@@ -203,6 +205,21 @@ def test_what_the_logger_can_not_write_ends_the_build_and_not_the_process():
         assert messages.errors == ["wrong"]
         with pytest.raises(OSError, match="No space"):
             file.close()
+
+
+def test_numbers_that_the_builder_does_not_state_are_not_read():
+    """A name in the graph may be in a message, and an exception would go through the builder's C++."""
+    trt = SimpleNamespace(ILogger=type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 2, "VERBOSE": 3}))
+    messages = _Messages(trt, io.StringIO(), True)
+    severity = SimpleNamespace(name="INFO")
+    for message in (
+        "Total Weights Memory: 4096 bytes",
+        "x Total Weights Memory: 1 bytes",
+        f"Total Weights Memory: {'9' * 5000} bytes",
+        f"Total Activation Memory: {'9' * 5000} bytes",
+    ):
+        messages.logger.log(severity, message)
+    assert messages.memory == {"weights": 4096}
 
 
 def test_a_full_temporary_folder_is_named(tmp_path):

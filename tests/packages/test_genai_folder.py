@@ -97,6 +97,14 @@ def test_other_graphs_of_the_config_are_named(base: Path, tmp_path: Path) -> Non
     assert CONFIG in companions.files
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "Infinity", "NaN"])
+def test_a_number_that_is_not_json_is_not_written_again(number: str, base: Path, tmp_path: Path) -> None:
+    text = (base.parent / CONFIG).read_text().replace("16", number)
+    (base.parent / CONFIG).write_text(text)
+    with pytest.raises(PackageError, match=f"{CONFIG} can.t be read as JSON"):
+        companions_of(base, tmp_path / "out" / "other.onnx")
+
+
 @pytest.mark.parametrize("config", [None, {"model": {"decoder": {"filename": "other.onnx"}}}, [], {"a": 1}])
 def test_a_base_that_no_config_runs_needs_nothing(base: Path, tmp_path: Path, config: Any) -> None:
     (base.parent / CONFIG).unlink()

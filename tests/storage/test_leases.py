@@ -195,6 +195,19 @@ def test_nothing_is_touched_where_a_verb_reads(verb, tmp_path, monkeypatch, caps
     assert not list(out.glob("*.tmp-*"))
 
 
+@pytest.mark.parametrize(("option", "name"), [("--report", "r.json"), ("--plot", "p.svg")])
+def test_where_a_report_goes_what_is_left_is_removed_and_not_only_mentioned(option, name, tmp_path, capsys):
+    out, identity = tmp_path / "out", new_identity()
+    out.mkdir()
+    (out / f"m.onnx.tmp-{identity}").write_text("half")
+    planted(out, identity)
+    cli._run(["inspect", str(tmp_path / "none"), option, str(out / name)], False)
+    said = capsys.readouterr().err
+    assert "note: removed " in said
+    assert "an ended run has left" not in said
+    assert not list(out.glob("*.tmp-*"))
+
+
 def test_what_runs_is_not_mentioned(tmp_path):
     held = Lease(tmp_path, new_identity())
     held.hold()

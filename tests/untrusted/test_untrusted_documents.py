@@ -95,13 +95,13 @@ def test_a_damaged_manifest_is_not_taken_for_none(damage: str, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "text",
-    ['{"a": [1, 2.5, true, null, "ü"]}', "3", '"x"', '{"a": Infinity, "b": -Infinity}', '{"a": 1e999}', "[]"],
+    ['{"a": [1, 2.5, true, null, "ü"]}', "3", '"x"', '{"a": Infinity, "b": -Infinity}', "[]"],
 )
 def test_what_python_reads_is_read_the_same(text: str) -> None:
     assert parse_json(text) == json.loads(text) == parse_json(text.encode())
 
 
-@pytest.mark.parametrize("text", ["[NaN]", "[Infinity]", "[-Infinity]", "[1e999]", '{"a": -1e400}'])
+@pytest.mark.parametrize("text", ["[NaN]", "[Infinity]", "[-Infinity]"])
 def test_finite_numbers_where_somebody_computes_with_them(text: str) -> None:
     parse_json(text)
     with pytest.raises(DocumentError):
@@ -181,6 +181,14 @@ def test_nobody_reads_json_or_yaml_by_other_means() -> None:
                 if reads_json or reads_yaml:
                     found.setdefault(str(path.relative_to(ROOT / "lora_export")), set()).add(node.attr)
     assert found == own
+
+
+@pytest.mark.parametrize("finite", [False, True])
+@pytest.mark.parametrize("text", ["[1e999]", '{"a": -1e400}', '{"a": 1e999}', "17" + "0" * 400 + ".5"])
+def test_a_number_too_large_for_a_float_is_refused_everywhere(text: str, finite: bool) -> None:
+    """Written again, it would be Infinity, which is not JSON."""
+    with pytest.raises(DocumentError, match="too large for a float"):
+        parse_json(text, finite=finite)
 
 
 @pytest.mark.parametrize("number", [2**63, -(2**64), 10**30, 10**299, 10**300, 10**308, int(1.7e308)])

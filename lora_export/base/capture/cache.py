@@ -61,7 +61,7 @@ def with_cache(
         inputs: Inputs that it was run with.
         outputs: Its outputs; the cache in them shows the layers' shapes.
         where: The folder, for messages.
-        read: What it reads of each token, ``input_ids`` before ``inputs_embeds``; its ids by default.
+        read: Inputs that hold each token, ``input_ids`` before ``inputs_embeds``; its ids by default.
 
     Raises:
         CheckpointError: The model has no key-value cache, or another state beside it.

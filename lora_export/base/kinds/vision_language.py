@@ -88,7 +88,7 @@ def whole_only(where: str | Path, name: str, reason: str) -> CheckpointError:
     Args:
         where: Its folder.
         name: Its class.
-        reason: Why they can't.
+        reason: Refusal, for the message.
     """
     return CheckpointError(
         f"{where}: {name} can't be cut into the graphs of vision, embedding and text: {reason}", TEXT_ALONE

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from lora_export.adapter import Adapter, Array, Kind, LoraModule
@@ -189,12 +190,18 @@ def check_options(options: ReadOptions) -> None:
     """Refuse invalid options, all at once.
 
     Raises:
-        AdapterError: alpha or rank is not above 0.
+        AdapterError: alpha or rank is not a number above 0.
     """
+    given = {"alpha": options.alpha, "rank": options.rank}
+    numbers: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     problems = [
+        f"{name}: {value!r}, wanted a number above 0"
+        for name, value in numbers.items()
+        if isinstance(value, bool) or not isinstance(value, Real)
+    ] or [
         f"{name}: {nearest_float(value):g}, wanted a number above 0"
-        for name, value in (("alpha", options.alpha), ("rank", options.rank))
-        if value is not None and not (math.isfinite(nearest_float(value)) and value > 0)
+        for name, value in numbers.items()
+        if not (math.isfinite(nearest_float(value)) and value > 0)
     ]
     if problems:
         raise AdapterError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
-from lora_export.adapter import Adapter
+import numpy as np
+
+from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.base.ties.copies import alone_hint, not_so
 from lora_export.errors import AdapterError
 from lora_export.formats.given import AdapterLike, load_given
@@ -33,7 +36,8 @@ def check_blend(
 
     Raises:
         AdapterError: There are fewer or more weights than adapters, a weight is not finite, or adapters have
-            DoRA or replaced rows in a blend (they are not sums), or DoRA converted for a graph. Whole copies
+            DoRA or replaced rows in a blend (they are not sums), DoRA converted for a graph, or one adapter
+            is given twice: it would count twice. Whole copies
             of parameters are judged with the base (`lora_export.base.ties.copies`).
     """
     loaded = load_given(adapters, component)
@@ -71,4 +75,49 @@ def check_blend(
             alone_hint(factors, len(loaded)) or _MADE_FROM,
             problems,
         )
+    _refuse_twice(loaded, factors)
     return loaded, factors
+
+
+def _refuse_twice(adapters: Sequence[Adapter], factors: Sequence[float]) -> None:
+    """Refuse an adapter that is given twice, under whatever name: it is seldom meant to count twice."""
+    pairs = itertools.combinations(zip(adapters, factors, strict=True), 2)
+    twice = [
+        f"{one.name} ({one.source}) and {other.name} ({other.source}): together --weight {weight + more:g}"
+        for (one, weight), (other, more) in pairs
+        if _is_same(one, other)
+    ]
+    if twice:
+        raise AdapterError(
+            "the same adapter is given twice",
+            "give it once; if it is meant to count more, with one --weight (weights=[…]) that is the sum",
+            twice,
+        )
+
+
+def _is_same(one: Adapter, other: Adapter) -> bool:
+    """Return whether two adapters change the same weights by the same values."""
+    if one is other:
+        return True
+    if one.scope != other.scope or one.modules.keys() != other.modules.keys():
+        return False
+    if one.extras.keys() != other.extras.keys():
+        return False
+    return all(_is_same_change(module, other.modules[key]) for key, module in one.modules.items()) and all(
+        np.array_equal(values, other.extras[path]) for path, values in one.extras.items()
+    )
+
+
+def _is_same_change(one: LoraModule, other: LoraModule) -> bool:
+    return (
+        one.scaling == other.scaling
+        and np.array_equal(one.lora_a, other.lora_a)
+        and np.array_equal(one.lora_b, other.lora_b)
+        and _are_equal(one.lora_bias, other.lora_bias)
+    )
+
+
+def _are_equal(one: Array | None, other: Array | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other)

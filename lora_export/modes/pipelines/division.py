@@ -58,7 +58,7 @@ class Division:
             weight_of: Weights of the folder that it is from.
 
         Raises:
-            SiteError: It is the last one, and there are modules that none of them has.
+            SiteError: The graph is the last one, and there are modules that none of them has.
         """
         self.graphs_left -= 1
         finder = _Finder(graph, weight_of)

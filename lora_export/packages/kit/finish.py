@@ -1,7 +1,8 @@
 """Complete an engine record with facts that only the building machine knows, and give all files their names.
 
-Usage: python3 finish.py record.json BUILT LOG ENGINE
-       python3 finish.py LOG  prints the end of a log as text
+Usage: python3 finish.py record.json BUILT LOG ENGINE [--force]
+       python3 finish.py record.json ENGINE  fails if another graph's engine would be replaced
+       python3 finish.py LOG                 prints the end of a log as text
 BUILT and LOG lie in a separate folder on the same disk as ENGINE. The log and the record go beside ENGINE.
 Needs nothing but Python's standard library, 3.8 or newer.
 """
@@ -26,11 +27,17 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any, Callable, Sequence  # noqa: UP035
 
 # What ends a run from outside, if it may.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The end of a log that is printed: bytes, lines, and letters of a line.
 END_BYTES, END_LINES, LINE = 1 << 16, 20, 2000
+# A record has fewer bytes. What reading something else may raise.
+MOST = 1 << 26
+NOT_A_RECORD = (OSError, ValueError, LookupError, TypeError, RecursionError)
+# What trtexec's statements begin with: ``[12/01/2026-10:00:00] [I] [TRT] ``.
+BEGINS = r"(?m:^)(?:\[[\w/:. -]{1,40}\] ?){0,4}"
 
 
 def print_end(log: Path) -> None:
@@ -51,15 +58,60 @@ def print_end(log: Path) -> None:
         print("  " + re.sub(r"#(?=#(?:\w+)?\[)", r"\\x23", kept))
 
 
+def statements(log: bytes, record: dict[str, Any]) -> str:
+    """Return a log as text in which no name of an input or output begins a line.
+
+    trtexec prints its command line, in which the names are: only what begins a line is its own statement.
+    """
+    text = log.decode("utf-8", "replace")
+    ports = {port["name"] for kind in ("inputs", "outputs") for port in record.get(kind, ())}
+    names = ports.union(*(profile["shapes"] for profile in record.get("profiles", ())))
+    for name in sorted((name for name in names if "\n" in name), key=len, reverse=True):
+        text = text.replace(name, name.replace("\n", " "))
+    return text
+
+
 def version_in(log: str) -> str:
     """Return trtexec's version as its log states it: ``10.13.0``."""
-    stated = re.search(r"TensorRT(?:-RTX)? version: (\d+(?:\.\d+)+)", log)
-    if stated is not None:
+    # The first line of all, before the command line in it.
+    packed = r"&&&& RUNNING TensorRT\S{0,40} \[TensorRT(?:-RTX)? v([0-9]{1,4})([0-9]{2})([0-9]{2})\]"
+    first = re.match(packed, log)
+    stated = re.search(rf"{BEGINS}TensorRT(?:-RTX)? version: ([0-9]{{1,6}}(?:\.[0-9]{{1,6}}){{1,4}})\b", log)
+    if stated is not None and (first is None or same_version(stated.group(1), first.groups())):
         return stated.group(1)
-    packed = re.search(r"\[TensorRT(?:-RTX)? v(\d+)(\d\d)(\d\d)\]", log)
-    if packed is not None:
-        return ".".join(str(int(part)) for part in packed.groups())
+    if first is not None:
+        return ".".join(str(int(part)) for part in first.groups())
     sys.exit("Error: the log does not say which version of TensorRT built the engine")
+
+
+def same_version(stated: str, packed: Sequence[str]) -> bool:
+    """Return whether a version begins with the parts of a packed one."""
+    return [int(part) for part in stated.split(".")][:3] == [int(part) for part in packed]
+
+
+def memory_in(log: str, label: str) -> int | None:
+    """Return a size in bytes that the builder stated last, at the end of its work; None if it stated none."""
+    found = re.findall(rf"{BEGINS}Total {label} Memory: ([0-9]{{1,18}}) bytes", log)
+    return int(found[-1]) if found else None
+
+
+def refusal(source: dict[str, Any], engine: Path) -> str:
+    """Return why an engine's files may not be replaced; "" if there are none, or the graph is the same."""
+    record = engine.with_suffix(".json")
+    if not any(os.path.lexists(str(path)) for path in (engine, record)):
+        return ""
+    with contextlib.suppress(*NOT_A_RECORD):
+        # Opening a pipe could wait for ever.
+        if record.is_file():
+            with record.open("rb") as file:
+                there = json.loads(file.read(MOST))
+            if there["source"]["sha256"] == source["sha256"]:
+                return ""
+    return (
+        f"Error: {engine} exists already, and its record does not say that it was built from this graph "
+        "(nothing was replaced)\n"
+        "hint: give another folder, or replace it with: sh build.sh --force FOLDER"
+    )
 
 
 def sealed(record: dict[str, object]) -> bytes:
@@ -80,7 +132,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def give_names(files: dict[Path, Path]) -> None:
+def give_names(files: dict[Path, Path], refuses: Callable[[], str]) -> None:
     """Give files their names, the record last, while no other run does so in that folder.
 
     The old record is put aside first: a run that is stopped in between leaves an engine without a record,
@@ -89,6 +141,7 @@ def give_names(files: dict[Path, Path]) -> None:
 
     Args:
         files: Final path → present path; the record last.
+        refuses: Function that returns why what is there may not be replaced, or "".
     """
     for made in files.values():
         sync(made)
@@ -108,7 +161,7 @@ def give_names(files: dict[Path, Path]) -> None:
             # From here on all files get their names, or after an error none: signals wait until then.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
-                replace_all(files)
+                replace_all(files, refuses)
             finally:
                 with contextlib.suppress(OSError):
                     lock.unlink()
@@ -119,7 +172,7 @@ def give_names(files: dict[Path, Path]) -> None:
             return
 
 
-def replace_all(files: dict[Path, Path]) -> None:
+def replace_all(files: dict[Path, Path], refuses: Callable[[], str]) -> None:
     """Give files their names; after an error, put the old ones back and end with one line."""
     old = {target: made.with_name(target.name + ".old") for target, made in files.items()}
     record, given = list(files)[-1], []
@@ -127,6 +180,10 @@ def replace_all(files: dict[Path, Path]) -> None:
         for target in files:
             if target.is_dir() and not target.is_symlink():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+            if target.exists() and not target.is_file() and not target.is_dir():
+                raise OSError(errno.EINVAL, "it is not a regular file", str(target))
+        if reason := refuses():
+            sys.exit(reason)
         if os.path.lexists(str(record)):
             record.rename(old[record])
             sync(record.parent)
@@ -139,10 +196,11 @@ def replace_all(files: dict[Path, Path]) -> None:
             given.append(target)
     except OSError as error:
         for target in files:
+            # What was built may be worth an hour: it is kept, if not by this name.
+            if target in given:
+                target.rename(files[target])
             if os.path.lexists(str(old[target])):
                 old[target].rename(target)
-            elif target in given:
-                target.unlink()
         sys.exit(f"Error: cannot write {target_of(error, record)} (nothing was replaced)")
     sync(record.parent)
     for path in old.values():
@@ -163,14 +221,28 @@ def target_of(error: OSError, record: Path) -> str:
     return f"{error.filename2 or error.filename or record}: {error.strerror}"
 
 
-def main(template: str, built: str, log: str, engine: str) -> None:
-    """Give the engine that was built and its log their names, and write its record beside them."""
+def check(template: str, engine: str) -> None:
+    """End with an error if another graph's engine would be replaced."""
+    if reason := refusal(json.loads(Path(template).read_text(encoding="utf-8"))["source"], Path(engine)):
+        sys.exit(reason)
+
+
+def main(template: str, built: str, log: str, engine: str, force: str = "") -> None:
+    """Give the engine that was built and its log their names, and write its record beside them.
+
+    Args:
+        template: The kit's record.
+        built: The engine, as it was built.
+        log: The builder's messages.
+        engine: The engine's own name.
+        force: ``--force``: replace another graph's engine.
+    """
     record, path = json.loads(Path(template).read_text(encoding="utf-8")), Path(engine)
     digest = hashlib.sha256()
     with Path(built).open("rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
-    log_text, log_path = Path(log).read_text(encoding="utf-8", errors="replace"), path.with_suffix(".log")
+    log_text, log_path = statements(Path(log).read_bytes(), record), path.with_suffix(".log")
     record["name"] = path.name
     record["sha256"] = digest.hexdigest()
     record["size_bytes"] = Path(built).stat().st_size
@@ -185,12 +257,13 @@ def main(template: str, built: str, log: str, engine: str) -> None:
     record["builder_version"] = version_in(log_text)
     record["platform"] = f"{platform.system().lower()}-{platform.machine().lower()}"
     for name, label in (("weights", "Weights"), ("activations", "Activation")):
-        found = re.search(rf"Total {label} Memory: (\d+)", log_text)
-        if found:
-            record["memory"][name] = int(found.group(1))
+        size = memory_in(log_text, label)
+        if size is not None:
+            record["memory"][name] = size
     written = Path(built).with_name("record.json")
     written.write_bytes(sealed(record))
-    give_names({path: Path(built), log_path: Path(log), path.with_suffix(".json"): written})
+    files = {path: Path(built), log_path: Path(log), path.with_suffix(".json"): written}
+    give_names(files, lambda: "" if force else refusal(record["source"], path))
 
 
 if __name__ == "__main__":
@@ -201,6 +274,8 @@ if __name__ == "__main__":
     try:
         if len(sys.argv) == 2:
             print_end(Path(sys.argv[1]))
+        elif len(sys.argv) == 3:
+            check(*sys.argv[1:])
         else:
             main(*sys.argv[1:])
     except OSError as failure:
