@@ -260,7 +260,10 @@ SEEN = {
 }
 ARCHITECTURES = DECODERS | ENCODERS | HALVED | SEEN
 # Layers of which PEFT's choice of all linear ones can't be trained, or answers nothing.
-TARGETS = {"WavLM": ["intermediate_dense", "output_dense"]}
+_DENSE = ["intermediate_dense", "output_dense"]
+TARGETS = {"WavLM": _DENSE, "wav2vec 2.0": _DENSE, "HuBERT": _DENSE, "Mamba": ["in_proj"]}
+# Of models whose config has no size of images.
+_PROCESSOR = '{"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}'
 _HEAD = "| architecture | class | cache | captured | merged | swapped |\n|---|---|---|---|---|---|\n"
 _HEADING = """# Architectures
 
@@ -369,6 +372,8 @@ def make(name: str, work: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
     model.save_pretrained(work / "model")
+    if name in ("ResNet", "SegFormer"):
+        (work / "model" / "preprocessor_config.json").write_text(_PROCESSOR)
     model = get_peft_model(
         model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS.get(name, "all-linear"))
     )

@@ -135,7 +135,9 @@ def _of_graph(file: ModelFile, graph: GraphFile) -> BenchModel:
         if value.dtype is None or value.shape is None:
             problems.append(f"{name}: a tensor of unknown type or rank, or not a tensor")
             continue
-        inputs.append(Port.of(value))
+        if (port := Port.of(value)).dtype == "object":
+            problems.append(f"{name}: texts, for which no values are made")
+        inputs.append(port)
     if problems:
         raise GraphError(
             f"{file.path}: no feeds can be made for these inputs",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.bench.model import BenchModel
+from lora_export.graph.feed_sizes import FeedSizes
 from lora_export.graph.port import Port
 
 Phase = Literal["run", "prefill", "decode"]
@@ -38,8 +38,6 @@ _USUAL_SEQUENCE = 128
 _SAFE_VOCABULARY = 16
 # Steps of a diffusion model's schedule.
 _TIMESTEPS = 1000
-# Of what a graph claims of an input: as parity, which does not make more for a whole check.
-_MAX_VALUES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -147,11 +145,13 @@ def plan_workloads(
 
 def shape_problems(model: BenchModel, workload: Workload) -> Iterator[str]:
     """Yield the reasons why a model can't take a workload, as far as its inputs tell."""
-    sizes, symbols = workload.sizes, _symbols(model)
+    sizes, symbols, made = workload.sizes, _symbols(model), FeedSizes()
     for port in model.inputs:
-        fixed = [dim for dim in port.dims if isinstance(dim, int)]
-        if math.prod(fixed) > _MAX_VALUES:
-            yield f"{port.name}: fixed sizes of {' × '.join(map(str, fixed))}, at most {_MAX_VALUES} values"
+        known = [
+            sizes[role] if role else dim for dim, role in zip(port.dims, _roles(port, symbols), strict=True)
+        ]
+        if problem := made.problem(port.name, [size for size in known if isinstance(size, int)]):
+            yield problem
         for axis, (dim, role) in enumerate(zip(port.dims, _roles(port, symbols), strict=True)):
             if role is None:
                 if not isinstance(dim, int):
@@ -250,6 +250,8 @@ def _values(port: Port, shape: tuple[int, ...], work: Workload, vocabulary: int 
     if "type" in name:
         return np.zeros(shape, dtype)
     if dtype.kind in "iu":
-        return random.integers(0, vocabulary or _SAFE_VOCABULARY, shape).astype(dtype)
+        # A record may claim more ids than the input's dtype has.
+        most = min(vocabulary or _SAFE_VOCABULARY, np.iinfo(dtype).max)
+        return random.integers(0, most, shape).astype(dtype)
     # Made in float32, so that models of every dtype get the same values.
     return (0.5 * random.standard_normal(shape, np.float32)).astype(dtype)

@@ -135,8 +135,30 @@ def test_problems_name_input_and_size():
     ]
     huge = model(("image", "float32", ("batch", 1 << 20, 1 << 20)))
     assert list(shape_problems(huge, Workload("run", 1, 0))) == [
-        "image: fixed sizes of 1048576 × 1048576, at most 536870912 values"
+        "with image of 1 × 1048576 × 1048576 values the feeds would have more than 536870912 values"
     ]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "says"),
+    [
+        ([("batch", "sequence", 1 << 23)], "with x0 of 2 × 64 × 8388608 values"),
+        ([("batch", 1 << 26)] * 5, "with x4 of 2 × 67108864 values"),
+        ([("batch", -5)], "x0 of 2 × -5 values has a size below 0"),
+        ([("batch", *[1] * 69)], "x0 has 70 axes"),
+        ([("batch", 0, 1 << 62, 1 << 62)], "with x0 of 2 × 0 × 4611686018427387904"),
+    ],
+)
+def test_what_feeds_would_take_is_counted_with_every_size_of_every_input(shapes, says):
+    inputs = [(f"x{number}", "float32", shape) for number, shape in enumerate(shapes)]
+    (problem,) = shape_problems(model(*inputs), Workload("run", 2, 64))
+    assert says in problem
+
+
+def test_ids_of_a_small_dtype_stay_ids():
+    few = dataclasses.replace(model(("input_ids", "uint8", ("batch", "sequence"))), vocab_size=1 << 40)
+    ids = make_feeds(few, Workload("run", 4, 64), 0)["input_ids"]
+    assert len(set(ids.ravel().tolist())) > 100
     small = decoder()
     small = BenchModel(
         path=small.path,

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from lora_export import GraphError
 from lora_export.graph.captured import Captured
 from lora_export.graph.onnx_file import load_graph
-from lora_export.parity.feeds.made import make_feeds, ports_of_graph, rows_of
+from lora_export.parity.feeds.made import InputPort, make_feeds, ports_of_graph, rows_of
 
 PIXELS = [port("pixel_values", ("batch", 3, 8, 8), np.float32)]
 
@@ -45,6 +45,18 @@ def test_the_shortest_sound_does_not_choose_it_either():
     record = Captured(kind="audio", kv_cache=False, dtype="float32", smallest={"samples": 10**12})
     sound = [port("input_values", ("batch", "samples"), np.float32)]
     refused(lambda: make_feeds(sound, record), "more than 536870912 values")
+
+
+@pytest.mark.parametrize(
+    ("dims", "says"),
+    [
+        (("batch", -5), "a size below 0"),
+        ((1,) * 70, "has 70 axes, at most 64"),
+        ((0, 1 << 62, 1 << 62), "more than 536870912 values"),
+    ],
+)
+def test_sizes_that_no_values_can_have(dims, says):
+    refused(lambda: make_feeds([InputPort("x", "float32", dims)]), says)
 
 
 # --- properties of what is made ----------------------------------------------------------------------

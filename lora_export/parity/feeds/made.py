@@ -8,7 +8,6 @@ few tokens; positions that count a row's own tokens; floats from a standard norm
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -25,6 +24,7 @@ from lora_export.graph.captured import (
     TOTAL_SEQUENCE,
     Captured,
 )
+from lora_export.graph.feed_sizes import FeedSizes
 from lora_export.parity.feeds.feed import (
     Feed,
     InputPort,
@@ -47,8 +47,6 @@ _PAST_SCALE = 0.5
 _TYPES = 2
 # Today's largest models have some hundred thousand ids; all ids are shuffled at once.
 _MAX_VOCABULARY = 1 << 22
-# Values of all feeds together: eight of four large scans each (Donut's, of 2560 × 1920 pixels).
-_MAX_VALUES = 1 << 29
 _UNCLEAR = "give sizes with --shape NAME=SIZE, or values for all inputs: --feeds FILE.npz or FILE.safetensors"
 Padding = Literal["any", "right", "none"]
 # What rows have in turn, by what a graph takes; ``prompt`` is on the right, where there is no past.
@@ -205,7 +203,8 @@ class _Maker:
         self._random = np.random.default_rng(seed)
         self._decks = {name: _Deck(size or 0, self._random, first) for name, size in vocabularies.items()}
         self._roles = {(port.name, axis): role for port, axis, role in sizes_by_role(ports)}
-        self._count = 0
+        # Of all feeds together: eight of four large scans each (Donut's, of 2560 × 1920 pixels) are taken.
+        self._sizes_made = FeedSizes()
 
     def feed(self, number: int, pairs: Sequence[tuple[int, int]], sequences: Sequence[int]) -> Feed:
         """Return the feed of a number; call it with the numbers in order."""
@@ -275,11 +274,9 @@ class _Maker:
 
     def _take(self, name: str, shape: tuple[int, ...]) -> None:
         """Count values before they are made: the graph only claims the sizes of its inputs."""
-        self._count += math.prod(shape)
-        if self._count > _MAX_VALUES:
+        if problem := self._sizes_made.problem(name, shape):
             raise BackendError(
-                f"with {name} of {' × '.join(map(str, shape))} values the feeds would have more than "
-                f"{_MAX_VALUES} values",
+                problem,
                 "give fewer or smaller ones (--samples, --batch, --sequence), or your own (--feeds)",
             )
 
