@@ -214,6 +214,17 @@ def test_an_old_file_with_an_adapters_default(name, shape, tmp_path):
 # --- outputs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shape", [[1] * 9, [1, -5]], ids=["nine axes", "a size below 0"])
+def test_a_shape_that_no_engine_has(shape, tmp_path):
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    given = helper.make_tensor_value_info("x", kind, shape)
+    whole = helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)
+    made = helper.make_graph([whole], "g", [given], [helper.make_tensor_value_info("y", kind, [])])
+    opset = helper.make_opsetid("", 18)
+    onnx.save(helper.make_model(made, opset_imports=[opset], ir_version=10), tmp_path / "model.onnx")
+    assert "input 'x': TensorRT takes at most 8 axes" in refused(tmp_path / "model.onnx").problems[0]
+
+
 def test_an_output_that_is_an_input(tmp_path):
     path = model("g (float[b,2] x) => (float[b,2] y, float[b,2] x) { [n] y = Add(x, x) }", folder=tmp_path)
     assert "output 'x': it is an input as well" in refused(path).problems[0]

@@ -23,6 +23,7 @@ from lora_export.engines.prepare.problem import BuildProblem, of_places, refuse_
 from lora_export.engines.prepare.quantised import quantisation_problems
 from lora_export.graph.exposed import LoraRecord
 from lora_export.graph.onnx_file import GraphFile
+from lora_export.graph.port import MAX_AXES
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +86,11 @@ def _port_problems(graph: GraphFile) -> Iterator[BuildProblem]:
         "it has no shape in the graph, TensorRT would take it for a single number",
         "export it with shapes, with names such as 'batch' for sizes that vary",
     )
+    yield from of_places(
+        list(_odd_shapes(graph)),
+        f"TensorRT takes at most {MAX_AXES.most} axes, and no size below 0",
+        "export it with fewer axes, and with names for sizes that vary",
+    )
     inputs = {id(value) for value in graph.graph.inputs}
     passed = [f"output {value.name!r}" for value in graph.graph.outputs if id(value) in inputs]
     yield from of_places(
@@ -95,3 +101,13 @@ def _port_problems(graph: GraphFile) -> Iterator[BuildProblem]:
     counts = Counter(str(value.name) for value in graph.graph.outputs)
     twice = [f"output {name!r}" for name, count in counts.items() if count > 1]
     yield from of_places(twice, "listed more than once", "remove the others from the graph's outputs")
+
+
+def _odd_shapes(graph: GraphFile) -> Iterator[str]:
+    """Yield the inputs and outputs whose shape no engine can have."""
+    ends = (("input", graph.graph.inputs), ("output", graph.graph.outputs))
+    for word, values in ends:
+        for value in values:
+            sizes = [dim for dim in value.shape or () if isinstance(dim, int)]
+            if len(value.shape or ()) > MAX_AXES.most or min(sizes, default=0) < 0:
+                yield f"{word} {value.name!r}"
