@@ -37,8 +37,8 @@ def check_blend(
     Raises:
         AdapterError: There are fewer or more weights than adapters, a weight is not finite, or adapters have
             DoRA or replaced rows in a blend (they are not sums), DoRA converted for a graph, or one adapter
-            is given twice: it would count twice. Whole copies
-            of parameters are judged with the base (`lora_export.base.ties.copies`).
+            is given twice: it would count twice. Whole copies of parameters are judged with the base
+            (`lora_export.base.ties.copies`).
     """
     loaded = load_given(adapters, component)
     if not loaded:
@@ -109,8 +109,12 @@ def _is_same(one: Adapter, other: Adapter) -> bool:
 
 
 def _is_same_change(one: LoraModule, other: LoraModule) -> bool:
+    meant, also = (
+        (module.scaling, module.kind, module.turned, module.layout, module.table_everywhere)
+        for module in (one, other)
+    )
     return (
-        one.scaling == other.scaling
+        meant == also
         and np.array_equal(one.lora_a, other.lora_a)
         and np.array_equal(one.lora_b, other.lora_b)
         and _are_equal(one.lora_bias, other.lora_bias)
