@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.base.capture.cache import past_zeros, plain_layers, refuse_other_logits
 from lora_export.base.capture.export import run_module
-from lora_export.base.capture.traced import Traced
+from lora_export.base.capture.traced import Traced, difference_of
 from lora_export.base.parts import Part
 from lora_export.errors import CheckpointError
 from lora_export.graph.captured import (
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from lora_export.base.kinds.model_kind import ModelKind
 
 _IDS, _MASK = "decoder_input_ids", "attention_mask"
-# Relative difference of one way to add up in another order; halves round each step.
-_DIFFERENCE, _HALVES_DIFFERENCE = 1e-4, 0.05
 
 
 def halve(model: Any, kind: ModelKind, inputs: Mapping[str, Any], *, part: Part, where: str) -> Traced:
@@ -226,11 +224,8 @@ def _refuse_other_answers(model: Any, example: Mapping[str, Any], wanted: torch.
     if model.device.type == "meta":
         return
     empty = [(key[:, :, :0], value[:, :, :0], *cross) for key, value, *cross in example["past"]]
-    got = run_module(model, {**example, "past": empty})[0].double()
-    exact = wanted.double()
-    limit = _HALVES_DIFFERENCE if wanted.dtype.itemsize == 2 else _DIFFERENCE
-    gap = float((got - exact).norm() / exact.norm().clamp_min(1e-30))
-    if not gap <= limit:
+    gap = difference_of(run_module(model, {**example, "past": empty})[0], wanted)
+    if gap is not None:
         raise CheckpointError(
             f"{where}: the decoder of {type(model).__name__} reads more of the encoder than keys and values "
             f"(without it, relative difference {gap:.2g})",

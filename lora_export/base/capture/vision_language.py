@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.base.capture.cache import with_cache
 from lora_export.base.capture.export import run_module
-from lora_export.base.capture.traced import Traced
+from lora_export.base.capture.traced import Traced, difference_of
 from lora_export.base.kinds.vision_language import (
     TEXT_ALONE,
     features_of,
@@ -56,8 +56,6 @@ if TYPE_CHECKING:
     from lora_export.base.kinds.model_kind import ModelKind
 
 _PIXELS, _FEATURES, _EMBEDS, _IDS = "pixel_values", "image_features", "inputs_embeds", "input_ids"
-# Relative difference of one way to add up in another order; halves round each step.
-_DIFFERENCE, _ROUNDED_DIFFERENCE = 1e-4, 0.05
 # Variable that transformers looks at (``utils/import_utils.py``, ``torch_compilable_check``).
 _CHECK = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
@@ -212,10 +210,8 @@ def _refuse_other_answers(model: Any, example: Mapping[str, Any], wanted: torch.
     if model.device.type == "meta":
         return
     found = run_module(model, example)
-    got, exact = (found[0] if isinstance(found, tuple) else found).double(), wanted.double()
-    limit = _ROUNDED_DIFFERENCE if wanted.dtype.itemsize == 2 else _DIFFERENCE
-    gap = float((got - exact).norm() / exact.norm().clamp_min(1e-30))
-    if not gap <= limit:
+    gap = difference_of(found[0] if isinstance(found, tuple) else found, wanted)
+    if gap is not None:
         raise CheckpointError(
             f"{where}: {type(model).__name__} computes more than its parts do, vision, embedding and text "
             f"(relative difference {gap:.2g})",
