@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from lora_export.parity.feeds.made import Feed
 from lora_export.parity.judge.limits import FACTOR
 from lora_export.parity.judge.metrics import Tally, group_of, is_logits
 from lora_export.parity.laws import Laws, SideOutputs, masks_of
+from lora_export.parity.padding import read_from_padding, without_padding
 from lora_export.parity.result import ANY, BASE, OutputMetrics, Scatter, State, Verdict, state_name
 from lora_export.parity.sides.candidate import Candidate
 from lora_export.parity.sides.reference import Reference, pair_outputs
@@ -59,6 +61,7 @@ class Comparison:
     _largest: dict[tuple[State, str], float] = field(default_factory=dict)
     _near: int = 0
     _choices: int = 0
+    _padding: set[str] = field(default_factory=set)
 
     def add(self, feed: Feed) -> None:
         """Run both sides on a feed in every state.
@@ -71,6 +74,7 @@ class Comparison:
         if BASE not in self.states and self.reference.has(BASE):
             without = self.reference.run(feed.values, BASE)
         answers = {}
+        padding: dict[str, Array] | None = None
         for state in self.states:
             # Without PyTorch's own run there are no choices to compare with, and torch may be missing.
             recording: AbstractContextManager[list[TopkCall]] = nullcontext([])
@@ -78,25 +82,35 @@ class Comparison:
                 recording = record_choices()
             with recording as choices:
                 expected = self.reference.run(feed.values, state)
+            if padding is None:
+                padding = read_from_padding(feed, expected, partial(self._run_reference, state=state))
+                self._padding |= padding.keys()
             actual = self.candidate.run(feed.values, (state,) * feed.batch)
             own, tied = self._run_own(feed, state, choices)
             self._check(expected, actual, without)
+            seen = without_padding(actual, expected, padding, self.pairs)
+            own, tied = (
+                None if found is None else without_padding(found, expected, padding) for found in (own, tied)
+            )
             compared = None if state == BASE else without
             self._tally(
                 state,
                 feed,
                 expected=expected,
-                actual=actual,
+                actual=seen,
                 own=own,
                 tied=tied,
                 without=compared,
                 actual_without=actual_without,
             )
             if state == BASE:
-                without, actual_without = expected, actual
-            answers[state] = SideOutputs(expected, actual, own, tied)
-        self.laws.check(feed, answers, self.pairs)
+                without, actual_without = expected, seen
+            answers[state] = SideOutputs(expected, actual, seen, own, tied)
+        self.laws.check(feed, answers, self.pairs, padding or {})
         self._feeds += 1
+
+    def _run_reference(self, feed: Feed, state: State) -> Mapping[str, Array]:
+        return self.reference.run(feed.values, state)
 
     def _run_own(
         self, feed: Feed, state: State, choices: Sequence[TopkCall]
@@ -261,10 +275,16 @@ class Comparison:
     @property
     def all_notes(self) -> list[str]:
         """Notes for the user, after all feeds."""
+        notes = [*self.notes]
+        if self._padding:
+            notes.append(
+                f"{', '.join(sorted(self._padding))}: the model reads padding in some rows, whose "
+                "values mean nothing: they were not compared"
+            )
         if not self._near:
-            return self.notes
+            return notes
         return [
-            *self.notes,
+            *notes,
             f"{self._near} of {self._choices:,} choices of experts are a tie in the candidate's dtype: "
             "either is right, and the limits contain the difference",
         ]

@@ -29,12 +29,14 @@ class SideOutputs:
     Attributes:
         expected: Outputs of the reference.
         actual: Outputs of the candidate.
+        seen: The same with the expected values where these are read from padding (`padding`).
         own: Outputs of PyTorch in the candidate's dtype; None if it was not run.
         tied: Outputs of PyTorch with ties of routers chosen the other way; None if there are no ties.
     """
 
     expected: Outputs
     actual: Outputs
+    seen: Outputs
     own: Outputs | None = None
     tied: Outputs | None = None
 
@@ -92,13 +94,20 @@ class Laws:
     _next: int = 1
     _feeds: int = 0
 
-    def check(self, feed: Feed, answers: Answers, pairs: Mapping[str, str]) -> None:
+    def check(
+        self,
+        feed: Feed,
+        answers: Answers,
+        pairs: Mapping[str, str],
+        padding: Mapping[str, Array],
+    ) -> None:
         """Check the laws that a feed allows to check.
 
         Args:
             feed: The feed.
             answers: State → outputs, for every state that can be compared.
             pairs: The candidate's output → the reference's.
+            padding: The reference's output → which of its values are read from padding, for some.
         """
         self.states = states = list(answers)
         if self.candidate.switches and len(states) > 1:
@@ -117,9 +126,15 @@ class Laws:
                 name: np.stack([answers[state].expected[pairs[name]][row] for row, state in enumerate(rows)])
                 for name in names
             }
-            self._add(self.mixed, feed, names=names, expected=expected, actual=actual)
+            read = {name: pairs[name] for name in names if pairs[name] in padding}
+            seen = {name: np.where(padding[read[name]], expected[name], actual[name]) for name in read}
+            self._add(self.mixed, feed, names=names, expected=expected, actual={**actual, **seen})
             self._add_applied(
-                feed, answers, pairs={name: pairs[name] for name in names}, rows=rows, actual=actual
+                feed,
+                answers,
+                pairs={name: pairs[name] for name in names},
+                rows=rows,
+                actual={**actual, **seen},
             )
         self.seen |= set(rows)
         order = list(reversed(range(feed.batch)))
@@ -225,7 +240,7 @@ class Laws:
                     actual[name][at],
                     own=None if answer.own is None else answer.own[other][at],
                     without=base.expected[other][at],
-                    actual_without=base.actual[name][at],
+                    actual_without=base.seen[name][at],
                     masks=masks_of(rows_of(feed, [row]), name),
                     tied=None if answer.tied is None else answer.tied[other][at],
                 )
@@ -249,10 +264,10 @@ class Laws:
         at, tallies = slice(row, row + 1), self.applied.setdefault(BASE, {})
         for name in names:
             tallies.setdefault(name, Tally(logits=is_logits(name), tolerance=self.tolerance)).add(
-                answers[BASE].actual[name][at],
+                answers[BASE].seen[name][at],
                 actual[name][at],
                 own=None,
-                without=answers[other].actual[name][at],
+                without=answers[other].seen[name][at],
                 actual_without=None,
                 masks=masks_of(rows_of(feed, [row]), name),
             )
