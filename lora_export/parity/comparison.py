@@ -105,7 +105,7 @@ class Comparison:
             )
             if state == BASE:
                 without, actual_without = expected, seen
-            answers[state] = SideOutputs(expected, actual, seen, own, tied)
+            answers[state] = SideOutputs(expected=expected, actual=actual, seen=seen, own=own, tied=tied)
         self.laws.check(feed, answers, self.pairs, padding or {})
         self._feeds += 1
 

@@ -22,7 +22,7 @@ from lora_export.parity.sides.candidate import Candidate
 Outputs = Mapping[str, Array]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SideOutputs:
     """Outputs of all sides in a state.
 

@@ -28,7 +28,7 @@ def read_from_padding(feed: Feed, answers: Outputs, run: Callable[[Feed], Output
 
     Args:
         feed: The feed.
-        answers: What the reference answers to it.
+        answers: Outputs of the reference for it.
         run: Function that runs the reference on another feed.
     """
     pooled = [
