@@ -273,9 +273,7 @@ A small model of each (three layers, random weights, float32), captured from its
 on all its linear layers. The errors are relative: of the captured graph the largest over outputs and inputs
 (padded on either side, longer ones, several steps behind a cache), as `capture-onnx` measures it; of the
 merged graph and of the one with exposed LoRA ‖candidate − PEFT‖ ÷ ‖PEFT‖ of the worst output, as
-`lora-export parity` measures it. *refused* stands for an error that says why, in short. **failed**: parity
-pads rows on the left as well, and in such rows these models read a token that is padding, whose window of
-attention is padding as a whole: PyTorch and ONNX Runtime have other values there, which nobody means to read.
+`lora-export parity` measures it. *refused* stands for an error that says why, in short.
 
 """
 
