@@ -126,15 +126,13 @@ class Laws:
                 name: np.stack([answers[state].expected[pairs[name]][row] for row, state in enumerate(rows)])
                 for name in names
             }
-            read = {name: pairs[name] for name in names if pairs[name] in padding}
-            seen = {name: np.where(padding[read[name]], expected[name], actual[name]) for name in read}
-            self._add(self.mixed, feed, names=names, expected=expected, actual={**actual, **seen})
+            seen = {
+                name: np.where(padding.get(pairs[name], False), expected[name], actual[name])
+                for name in names
+            }
+            self._add(self.mixed, feed, names=names, expected=expected, actual=seen)
             self._add_applied(
-                feed,
-                answers,
-                pairs={name: pairs[name] for name in names},
-                rows=rows,
-                actual={**actual, **seen},
+                feed, answers, pairs={name: pairs[name] for name in names}, rows=rows, actual=seen
             )
         self.seen |= set(rows)
         order = list(reversed(range(feed.batch)))
